@@ -1,0 +1,60 @@
+"""Our command-line flags, added to SGLang's own parser."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from sglang_tokenweave.config import TRANSPORTS, ConfigError, TokenWeaveConfig, export, flag
+
+
+class _Export(argparse.Action):
+    """Put a parsed option where the worker processes find it: into the environment."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            export({self.dest.removeprefix("tokenweave_"): True if self.nargs == 0 else values})
+        except ConfigError as error:
+            parser.error(str(error))
+
+
+def add_arguments(result: None, parser: argparse.ArgumentParser) -> None:
+    """Add our group of flags (AFTER hook on `ServerArgs.add_cli_args`)."""
+    group = parser.add_argument_group("TokenWeave", "hide tensor-parallel communication")
+    for option in fields(TokenWeaveConfig):
+        shape: dict[str, Any] = {"nargs": 0} if option.type is bool else {"type": option.type}
+        if option.name == "transport":
+            shape["choices"] = TRANSPORTS
+        shown = "" if option.type is bool else f" (default: {option.default})"
+        group.add_argument(
+            flag(option.name),
+            action=_Export,
+            dest=f"tokenweave_{option.name}",
+            default=argparse.SUPPRESS,  # SGLang's namespace holds only what is SGLang's
+            help=option.metadata["help"] + shown,
+            **shape,
+        )
+
+
+def check_arguments(result: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse contradictory flags before anything starts (AFTER hook on `from_cli_args`)."""
+    read_or_exit()
+
+
+def read_or_exit() -> TokenWeaveConfig:
+    """Read the configuration; print what is wrong with it and leave with status 2 otherwise.
+
+    SystemExit, because SGLang logs and swallows every other exception of a plugin.
+    """
+    try:
+        return TokenWeaveConfig.from_environment()
+    except ConfigError as error:
+        print(f"sglang_tokenweave: error: {error}", file=sys.stderr)  # noqa: T201 - like argparse
+        raise SystemExit(2) from error
