@@ -1,0 +1,242 @@
+"""Decide at load whether this model is woven, and put the woven forward in place if it is."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_tokenweave import architectures, refusals, seams
+from sglang_tokenweave.config import TokenWeaveConfig, describe
+from sglang_tokenweave.plan import Kind, PlanTable
+from sglang_tokenweave.reference import ReferenceTransport
+from sglang_tokenweave.refusals import ModelFacts
+from sglang_tokenweave.runtime import Model, Runtime
+from sglang_tokenweave.split import UnsplittableError
+
+logger = logging.getLogger(__name__)
+
+LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
+NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
+
+
+class RefusedError(RuntimeError):
+    """A strict server asked for something that cannot be active."""
+
+
+@dataclass
+class State:
+    """What became of TokenWeave in this process."""
+
+    config: TokenWeaveConfig = field(default_factory=TokenWeaveConfig)
+    runtime: Runtime | None = None
+    reasons: tuple[str, ...] = ()  # why it does not weave
+    notes: tuple[str, ...] = ()  # what else is not active
+    model: str = ""
+    rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def is_active(self) -> bool:
+        return self.runtime is not None and self.runtime.is_active
+
+
+state = State()
+
+
+def set_missing_hooks(missing: Mapping[str, Sequence[str]]) -> None:
+    """Take note of hooks that did not take, by their role."""
+    state.reasons = tuple(missing.get("weave", ()))
+    state.notes = tuple(
+        text for role, texts in missing.items() if role != "weave" for text in texts
+    )
+    for problem in (*state.reasons, *state.notes):
+        logger.warning("TokenWeave: %s", problem)
+
+
+def after_load_model(result: None, model_runner: Any) -> None:
+    """Decide, allocate and install (AFTER hook on `ModelRunner.load_model`).
+
+    Raises:
+        RefusedError: the server is strict and this model or this setting cannot be woven.
+    """
+    if model_runner.is_draft_worker:
+        return
+    state.config = TokenWeaveConfig.from_environment()
+    state.model = type(model_runner.model).__name__
+    seam_problems = seams.find_missing()
+    if state.reasons or seam_problems:  # the same on all ranks: they run the same SGLang
+        _decline((*state.reasons, *seam_problems))
+        return
+    group = seams.tensor_parallel_group()
+    state.rank, state.tp_size = group.rank_in_group, group.world_size
+    reasons = _vote(_reasons(model_runner), group)
+    if reasons:
+        _decline(reasons)
+    else:
+        _install(model_runner)
+
+
+def after_init_attention_backends(result: None, model_runner: Any) -> None:
+    """Give each half an attention backend (AFTER hook on `init_attention_backends`).
+
+    Raises:
+        RefusedError: the server is strict and the attention backend is not supported.
+    """
+    runtime = state.runtime
+    if runtime is None or model_runner.is_draft_worker:
+        return
+    names = {
+        model_runner.prefill_attention_backend_str,
+        model_runner.decode_attention_backend_str,
+    }
+    reason = refusals.attention_reason(names)
+    if reason:
+        _uninstall(runtime)
+        _decline((reason,))
+        return
+    backends = [seams.new_attention_backend(model_runner) for _ in range(2)]
+    runtime.activate((backends[0], backends[1]))
+    _announce(runtime)
+
+
+def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool:
+    """Keep batches that are planned otherwise away from the stock graph (AROUND hook)."""
+    runtime = state.runtime
+    try:
+        planned = runtime.plan(forward_batch) if runtime else None
+    except UnsplittableError:
+        planned = None
+    if planned is not None and planned[1].kind is not Kind.OFF:
+        return False
+    return bool(original(runner, forward_batch))
+
+
+def _reasons(model_runner: Any) -> tuple[str, ...]:
+    arguments = seams.resolved_arguments()
+    reasons = refusals.find(arguments, _facts(model_runner))
+    num_sms = _num_sms(torch.device(model_runner.device))
+    if num_sms - state.config.ctas < LEAST_SMS:
+        reasons += (
+            f"{describe('ctas')} is {state.config.ctas}; of {num_sms} SMs that leaves fewer than "
+            f"{LEAST_SMS} to the computation",
+        )
+    if model_runner.device != "cpu" and state.config.transport == "auto":
+        reasons += (
+            "this release has no device transport, so stock is faster "
+            "(--tokenweave-transport reference weaves all the same, for checks)",
+        )
+    return reasons
+
+
+def _facts(model_runner: Any) -> ModelFacts:
+    model, config = model_runner.model, model_runner.model_config
+    architecture = architectures.ARCHITECTURES.get(type(model).__name__)
+    inner = getattr(model, "model", None)
+    norms = architectures.norms(architecture, inner) if architecture else []
+    return ModelFacts(
+        architecture=type(model).__name__,
+        is_supported=architecture is not None,
+        is_multimodal=config.is_multimodal,
+        is_mla=config.attention_arch.name == "MLA",
+        captures_layers=bool(getattr(inner, "layers_to_capture", ())),
+        has_plain_norms=all(_is_plain(norm) for norm in norms),
+        has_megakernel="_megakernel" in vars(model),
+    )
+
+
+def _is_plain(norm: Any) -> bool:
+    return not (
+        norm.fp32_residual
+        or norm.override_orig_dtype
+        or norm.variance_size_override
+        or norm.cast_x_before_out_mul
+    )
+
+
+def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
+    """Return the reasons of all ranks: what one cannot do, none does."""
+    ballots: list[tuple[str, ...] | None] = [None] * group.world_size
+    dist.all_gather_object(ballots, reasons, group=group.cpu_group)
+    return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot or ()))
+
+
+def _install(model_runner: Any) -> None:
+    config = state.config
+    device = torch.device(model_runner.device)
+    hf_config = model_runner.model_config.hf_config
+    transport = ReferenceTransport.create(device)
+    buffer = transport.allocate(
+        _capacity(seams.resolved_arguments()), hf_config.hidden_size, model_runner.dtype
+    )
+    table = PlanTable.from_thresholds(
+        min_tokens=config.min_tokens,
+        fuse_min_tokens=config.fuse_min_tokens,
+        decode_min_tokens=config.decode_min_tokens,
+        ctas=config.ctas,
+        fuse_ctas=config.fuse_ctas,
+    )
+    inner = model_runner.model.model
+    architecture = architectures.ARCHITECTURES[state.model]
+    model = Model(
+        inner=inner,
+        original=inner.forward,
+        architecture=architecture,
+        first_norm=getattr(inner.layers[inner.start_layer], architecture.input_norm),
+        stages=architectures.build_stages(architecture, inner),
+        layer=architectures.layer_shape(hf_config, state.tp_size),
+        num_sms=_num_sms(device),
+    )
+    state.runtime = Runtime(model, table, transport, buffer)
+    # On the instance: other models of this class (drafts) keep their stock forward.
+    inner.forward = state.runtime.forward
+
+
+def _uninstall(runtime: Runtime) -> None:
+    del runtime.model.inner.forward
+    runtime.transport.close()
+    state.runtime = None
+
+
+def _capacity(arguments: Mapping[str, Any]) -> int:
+    """Return the rows of the largest batch that is ever planned: one chunk, or all decodes."""
+    chunk = arguments["chunked_prefill_size"] or 0
+    prefill = chunk if chunk > 0 else arguments["max_prefill_tokens"]
+    return max(prefill, arguments["max_running_requests"] or 0, 512)
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return NOMINAL_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _decline(reasons: tuple[str, ...]) -> None:
+    state.reasons = reasons
+    text = "; ".join(reasons)
+    if state.config.strict:
+        raise RefusedError(f"TokenWeave is strict and cannot be active: {text}")
+    if state.rank == 0:
+        logger.warning("TokenWeave is NOT active, %s runs stock: %s", state.model, text)
+
+
+def _announce(runtime: Runtime) -> None:
+    if state.rank != 0:
+        return
+    config = state.config
+    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
+    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
+    logger.info(
+        "TokenWeave ACTIVE: %s, tp=%d, transport=%s | prefill woven: >= %d tokens | "
+        "fused unsplit: %s | decode woven: %s | buffer: %d tokens%s",
+        state.model,
+        state.tp_size,
+        runtime.transport.name,
+        config.min_tokens,
+        fuse,
+        decode,
+        runtime.buffer.capacity,
+        "".join(f" | not active: {note}" for note in state.notes),
+    )

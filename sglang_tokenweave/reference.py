@@ -1,0 +1,168 @@
+"""The transport that defines what is correct: torch.distributed and torch arithmetic.
+
+It runs on a CPU (gloo) and on GPUs (NCCL), beside the caller: on a worker thread or a side stream.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sglang_tokenweave.transport import Pending, Slot, SymmetricBuffer
+
+DEADLINE = timedelta(seconds=120)  # for one collective; a dead peer is noticed at once by gloo
+
+
+def rmsnorm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add and normalise in float32; return (normalised, sum), both in the dtype of `weight`.
+
+    The order of operations is that of SGLang's `RMSNorm.forward_native`: on a CPU the results are
+    bitwise equal to the stock server's wherever the sums over the ranks are.
+
+    Args:
+        x: `[num_tokens, hidden_size]`.
+        residual: the same shape, or None.
+        weight: `[hidden_size]`.
+    """
+    total = x.to(torch.float32)
+    if residual is not None:
+        total = total + residual.to(torch.float32)
+    scale = torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + eps)
+    gain = weight if weight_offset == 0.0 else weight.to(torch.float32) + weight_offset
+    return (total * scale * gain).to(weight.dtype), total.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class _ThreadPending:
+    future: Future[None]
+
+    def wait(self) -> None:
+        self.future.result()
+
+
+@dataclass(frozen=True)
+class _StreamPending:
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+
+class ReferenceTransport:
+    """`allreduce_rmsnorm` out of an all-to-all, torch arithmetic and an all-gather."""
+
+    name = "reference"
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Take over `group`: nobody else may issue collectives on it."""
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._group = group
+        self._device = device
+        self._worker = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's own gap
+        else:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenweave-reference")
+
+    @classmethod
+    def create(cls, device: torch.device) -> "ReferenceTransport":
+        """Make a process group of its own over all ranks of this job; a collective call."""
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        return cls(dist.new_group(backend=backend, timeout=DEADLINE), device)
+
+    def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
+        """Allocate ordinary memory: this transport sends copies."""
+        return SymmetricBuffer(torch.zeros(capacity, hidden_size, dtype=dtype, device=self._device))
+
+    def allreduce_rmsnorm(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        ctas: int,
+        beside: bool,
+        weight_offset: float = 0.0,
+    ) -> Pending:
+        """See `Transport.allreduce_rmsnorm`."""
+
+        def run() -> None:
+            self._run(slot, residual, weight, eps, weight_offset)
+
+        pending = self._on_thread(run) if self._worker else self._on_stream(run)
+        if not beside:
+            pending.wait()
+        return pending
+
+    def close(self) -> None:
+        """Stop the worker thread."""
+        if self._worker:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _on_thread(self, run: Callable[[], None]) -> Pending:
+        assert self._worker is not None
+
+        def without_gradients() -> None:
+            # Inference mode belongs to a thread; SGLang's tensors may be changed only inside it.
+            with torch.inference_mode():
+                run()
+
+        return _ThreadPending(self._worker.submit(without_gradients))
+
+    def _on_stream(self, run: Callable[[], None]) -> Pending:
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+            return _StreamPending(self._stream.record_event())
+
+    def _run(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+    ) -> None:
+        mine = self._reduce_scatter(slot)
+        owned = slot.owned_rows(self.rank, self.world_size)
+        num_owned = owned.stop - owned.start
+        normalised, total = rmsnorm(mine[:num_owned], residual, weight, eps, weight_offset)
+        if residual is not None:
+            residual.copy_(total)
+        self._all_gather(normalised, slot)
+
+    def _reduce_scatter(self, slot: Slot) -> torch.Tensor:
+        """Return the float32 sums `[share, hidden_size]` of this rank's rows, in rank order."""
+        share = -(-slot.num_tokens // self.world_size)
+        padded = slot.tensor.new_zeros(share * self.world_size, slot.tensor.shape[1])
+        padded[: slot.num_tokens] = slot.tensor
+        # Whoever reads the slot before `wait` must not get away with it.
+        slot.tensor.fill_(float("nan"))
+        parts = torch.empty_like(padded)
+        dist.all_to_all_single(parts, padded, group=self._group)
+        ranks = parts.view(self.world_size, share, -1).to(torch.float32)
+        total = ranks[0]
+        for rank in range(1, self.world_size):
+            total = total + ranks[rank]
+        return total
+
+    def _all_gather(self, normalised: torch.Tensor, slot: Slot) -> None:
+        share = -(-slot.num_tokens // self.world_size)
+        padded = normalised.new_zeros(share, normalised.shape[1])
+        padded[: normalised.shape[0]] = normalised
+        gathered = padded.new_empty(self.world_size, share, padded.shape[1])
+        dist.all_gather(list(gathered), padded, group=self._group)
+        slot.tensor.copy_(gathered.flatten(0, 1)[: slot.num_tokens])

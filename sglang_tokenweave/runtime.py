@@ -1,0 +1,176 @@
+"""The woven forward of one model in one worker process: plan, split, run, count."""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_tokenweave import architectures, seams, weave
+from sglang_tokenweave.architectures import Architecture
+from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan, PlanTable, plan_batch, where_cut
+from sglang_tokenweave.reference import rmsnorm
+from sglang_tokenweave.split import UnsplittableError, check_fields, cut_batch, lengths_of
+from sglang_tokenweave.stats import Stats
+from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
+from sglang_tokenweave.waves import LayerShape
+from sglang_tokenweave.weave import Half, Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """SGLang's model and what of it the woven loop drives."""
+
+    inner: Any  # the `XModel` with embed_tokens, layers and norm
+    original: Callable[..., Any]  # its stock forward
+    architecture: Architecture
+    first_norm: Any  # SGLang's RMSNorm module before the first attention
+    stages: tuple[Stage, ...]
+    layer: LayerShape
+    num_sms: int  # of the device
+
+
+class Runtime:
+    """Stands in for `XModel.forward`."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: PlanTable,
+        transport: Transport,
+        buffer: SymmetricBuffer,
+    ) -> None:
+        self.model = model
+        self.table = table
+        self.transport = transport
+        self.buffer = buffer
+        self.stats = Stats()
+        self.is_active = False  # until the attention backends of the halves exist
+        self._backends: tuple[Any, ...] = ()
+
+    def activate(self, backends: tuple[Any, Any]) -> None:
+        """Start weaving with an attention backend for each half."""
+        self._backends = backends
+        self.is_active = True
+
+    def plan(self, batch: Any) -> tuple[BatchShape, Plan] | None:
+        """Plan a ForwardBatch from what all ranks know alike; None: not a batch of ours."""
+        mode = _mode_of(batch)
+        if not self.is_active or mode is None:
+            return None
+        lengths = lengths_of(batch)
+        if not lengths or min(lengths) < 1:
+            return None
+        shape = BatchShape(mode, lengths)
+        plan = plan_batch(shape, self.table, self.model.layer, self.model.num_sms)
+        if plan.kind is not Kind.OFF and shape.num_tokens > self.buffer.capacity:
+            raise UnsplittableError("batch exceeds the symmetric buffer")
+        return shape, plan
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """Run the layers as planned; the stock loop where there is nothing to gain or to trust.
+
+        Returns:
+            `[num_tokens, hidden_size]`, normalised by the final norm, as the stock loop does.
+        """
+
+        def stock() -> Any:
+            return self.model.original(
+                input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
+            )
+
+        if seams.graph_owns_forward():
+            return stock()
+        try:
+            planned = self.plan(forward_batch)
+            if planned is None:
+                return stock()
+            shape, plan = planned
+            if plan.kind is Kind.OFF:
+                return stock()
+            parts = self._split(forward_batch, plan, input_embeds)
+        except UnsplittableError as error:
+            self._fall_back(str(error))
+            return stock()
+        self._count(shape, plan)
+        output = self._run(input_ids, parts, plan)
+        # The buffer is written again by the next batch; captured states outlive this one.
+        return output.clone() if forward_batch.capture_hidden_mode.need_capture() else output
+
+    def _split(self, batch: Any, plan: Plan, input_embeds: torch.Tensor | None) -> tuple[Any, ...]:
+        if input_embeds is not None:
+            raise UnsplittableError("input embeddings")
+        if plan.kind is Kind.WEAVE:
+            return cut_batch(batch, plan.cut)
+        check_fields(batch)
+        return (batch,)
+
+    def _count(self, shape: BatchShape, plan: Plan) -> None:
+        self.stats.count(shape.mode, plan.kind, shape.num_tokens)
+        if plan.kind is Kind.WEAVE:
+            self.stats.cuts[where_cut(shape, plan.cut)] += 1
+
+    def _fall_back(self, reason: str) -> None:
+        if self.stats.count_fallback(reason):
+            logger.warning(
+                "TokenWeave runs such batches stock (said once): %s. See fallbacks in /server_info",
+                reason,
+            )
+
+    def _run(self, input_ids: torch.Tensor, parts: tuple[Any, ...], plan: Plan) -> torch.Tensor:
+        embedded = self.model.inner.embed_tokens(input_ids)
+        whole = self.buffer.slot(0, embedded.shape[0])
+        norm = self.model.first_norm
+        normalised, _ = rmsnorm(embedded, None, norm.weight, norm.variance_epsilon)
+        whole.tensor.copy_(normalised)
+        halves = self._halves(embedded, parts)
+        with (
+            seams.partial_sums(),
+            architectures.own_reductions_left_out(self.model.architecture, self.model.inner),
+        ):
+            weave.run(self.model.stages, halves, plan, self.transport)
+        return whole.tensor
+
+    def _halves(self, embedded: torch.Tensor, parts: tuple[Any, ...]) -> tuple[Half, ...]:
+        halves = []
+        start = 0
+        backends = self._backends if len(parts) > 1 else (None,)
+        for part, backend in zip(parts, backends, strict=True):
+            slot = self.buffer.slot(start, start + part.input_ids.shape[0])
+            halves.append(self._half(slot, embedded[start:], part, backend))
+            start += slot.num_tokens
+        return tuple(halves)
+
+    def _half(self, slot: Slot, embedded: torch.Tensor, part: Any, backend: Any) -> Half:
+        owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
+        if backend is not None:
+            backend.init_forward_metadata(part)
+        return Half(
+            slot=slot,
+            residual=embedded[owned].clone(),
+            positions=part.positions,
+            batch=part,
+            context=partial(seams.attention_context, backend, part) if backend else nullcontext,
+        )
+
+
+def _mode_of(batch: Any) -> Mode | None:
+    mode = batch.forward_mode
+    if mode.is_mixed():
+        return Mode.MIXED
+    if mode.is_decode():
+        return Mode.DECODE
+    # Exactly EXTEND: verification, drafts and split prefills are extends too, and not ours.
+    return Mode.PREFILL if mode.name == "EXTEND" else None

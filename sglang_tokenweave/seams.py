@@ -1,0 +1,122 @@
+"""What we use of SGLang beyond the hooks: probed by feature once, called through here.
+
+The releases differ in places; nothing outside this file knows which one is installed.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+_SRT = "sglang.srt."
+
+
+def find_missing() -> list[str]:
+    """Return the features that weaving needs and this SGLang lacks, each by name."""
+    problems = [_probe_object(path) for path in _NEEDED_OBJECTS]
+    problems += [_probe_parameters(path, wanted) for path, wanted in _NEEDED_PARAMETERS]
+    return [problem for problem in problems if problem]
+
+
+_NEEDED_OBJECTS = (
+    "runtime_context:get_parallel",
+    "runtime_context:get_context",
+    "runtime_context:get_forward",
+    "model_executor.forward_batch_info:ForwardBatch",
+    "model_executor.model_runner:ModelRunner._get_attention_backend",
+    "layers.moe.utils:should_skip_mlp_all_reduce",
+)
+_NEEDED_PARAMETERS = (
+    ("layers.linear:RowParallelLinear.forward", ("output_tensor", "skip_all_reduce")),
+    ("model_executor.forward_context:forward_context", ("ctx",)),
+    ("model_executor.forward_context:get_forward_context", ()),
+)
+
+
+def _resolve(path: str) -> Any:
+    module, _, names = path.partition(":")
+    found: Any = importlib.import_module(_SRT + module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _probe_object(path: str) -> str | None:
+    try:
+        _resolve(path)
+    except (ImportError, AttributeError) as error:
+        return f"SGLang has no {_SRT}{path.replace(':', '.')} ({error})"
+    return None
+
+
+def _probe_parameters(path: str, wanted: tuple[str, ...]) -> str | None:
+    problem = _probe_object(path)
+    if problem:
+        return problem
+    missing = [name for name in wanted if name not in inspect.signature(_resolve(path)).parameters]
+    return f"{_SRT}{path.replace(':', '.')} lacks {', '.join(missing)}" if missing else None
+
+
+def tensor_parallel_group() -> Any:
+    """Return SGLang's GroupCoordinator of the tensor-parallel ranks."""
+    return _resolve("runtime_context:get_parallel")().tp_group
+
+
+def resolved_arguments() -> dict[str, Any]:
+    """Return SGLang's server arguments after its own defaults and overrides."""
+    arguments = _resolve("runtime_context:get_context")().resolved_server_args_dict()
+    return dict(arguments)
+
+
+def partial_sums() -> Any:
+    """Return a context in which SGLang's projections and experts leave their sums to the caller."""
+    return _resolve("runtime_context:get_forward")().scoped(mlp_reduce_scatter=True)
+
+
+def attention_context(backend: Any, batch: Any) -> Any:
+    """Return a context in which attention uses `backend`, which holds the metadata of `batch`."""
+    module, takes_batch = _forward_context()
+    context = replace(module.get_forward_context(), attn_backend=backend)
+    extra = {"forward_batch": batch} if takes_batch else {}
+    return module.forward_context(context, **extra)
+
+
+@cache
+def _forward_context() -> tuple[Any, bool]:
+    module = importlib.import_module(_SRT + "model_executor.forward_context")
+    # From 0.5.23 the context also tells experts how many rows of the batch are real.
+    return module, "forward_batch" in inspect.signature(module.forward_context).parameters
+
+
+def new_attention_backend(model_runner: Any) -> Any:
+    """Create one more attention backend like the runner's own, with metadata of its own."""
+    backend = model_runner._get_attention_backend()
+    translator = getattr(model_runner, "kv_index_translator", None)
+    if translator is not None:
+        translator.bind_and_verify_backends([backend])
+    return backend
+
+
+def graph_owns_forward() -> bool:
+    """Whether a CUDA graph is being captured or a prefill graph runner drives this call.
+
+    There attention takes its batch from the runner and not from us, so nothing may be split.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return True
+    return any(probe() for probe in _graph_probes())
+
+
+@cache
+def _graph_probes() -> tuple[Callable[[], Any], ...]:
+    backends = "model_executor.runner_backend_utils."
+    paths = (
+        backends + "breakable_cuda_graph.context:is_in_breakable_cuda_graph",
+        backends + "tc_piecewise_cuda_graph.context_manager:get_tc_piecewise_forward_context",
+        "model_executor.runner_utils.prefill_graph:is_in_prefill_graph_scope",  # from 0.5.23
+    )
+    return tuple(_resolve(path) for path in paths if _probe_object(path) is None)

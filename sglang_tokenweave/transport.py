@@ -1,0 +1,105 @@
+"""The interface of the communication op: who moves the bytes is a detail behind it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Consecutive rows of a symmetric buffer: one half batch's activations.
+
+    Between two communications a slot holds this rank's partial sums; after one, the normalised
+    rows, alike on every rank.
+    """
+
+    tensor: torch.Tensor  # [num_tokens, hidden_size], a view of the buffer
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tensor.shape[0]
+
+    def owned_rows(self, rank: int, world_size: int) -> slice:
+        """Return the rows that `rank` alone reduces, normalises and keeps the residual of.
+
+        Shares are contiguous and of ceil(num_tokens / world_size) rows; the last ones may be short
+        or empty.
+        """
+        share = -(-self.num_tokens // world_size)
+        return slice(min(rank * share, self.num_tokens), min((rank + 1) * share, self.num_tokens))
+
+
+@dataclass(frozen=True)
+class SymmetricBuffer:
+    """Memory of the same size on every rank, reachable by all of them."""
+
+    tensor: torch.Tensor  # [capacity, hidden_size]
+
+    @property
+    def capacity(self) -> int:
+        return self.tensor.shape[0]
+
+    def slot(self, start: int, stop: int) -> Slot:
+        """Return rows `start` to `stop`.
+
+        Raises:
+            ValueError: the rows are not inside the buffer.
+        """
+        if not 0 <= start < stop <= self.capacity:
+            raise ValueError(f"rows {start}:{stop} are outside the buffer's 0:{self.capacity}")
+        return Slot(self.tensor[start:stop])
+
+
+class Pending(Protocol):
+    """A communication under way. Until `wait`, nobody may touch its slot or its residual."""
+
+    def wait(self) -> None:
+        """Let everything the caller does from now on see the result.
+
+        Raises:
+            RuntimeError: the communication failed (a peer died, a deadline passed).
+        """
+
+
+class Transport(Protocol):
+    """The communication op of one tensor-parallel group.
+
+    All ranks make the same calls in the same order.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+
+    def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
+        """Allocate a buffer of `capacity` rows; a collective call."""
+
+    def allreduce_rmsnorm(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        ctas: int,
+        beside: bool,
+        weight_offset: float = 0.0,
+    ) -> Pending:
+        """Start: slot := RMSNorm(sum over ranks of slot + residual) * (weight_offset + weight).
+
+        The sum runs in float32 in rank order, so that all ranks hold the same bits. TokenWeave
+        (arXiv 2505.11329), section "fused AllReduce-RMSNorm".
+
+        Args:
+            slot: `[num_tokens, hidden_size]`; this rank's partial sums, replaced by the result.
+            residual: `[rows this rank owns, hidden_size]`, replaced by the sum; None: no residual.
+            weight: `[hidden_size]`.
+            eps: added to the mean of squares.
+            ctas: thread blocks the op may occupy; ignored where it occupies none.
+            beside: run beside the caller's next computation; otherwise in line with it.
+            weight_offset: 1.0 for norms that store their weight less one (Gemma).
+        """
+
+    def close(self) -> None:
+        """Release threads, groups and memory."""

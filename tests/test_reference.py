@@ -1,0 +1,126 @@
+"""The reference transport against float64, and its asynchrony."""
+
+from functools import cache
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from sglang_tokenweave.reference import ReferenceTransport
+from sglang_tokenweave.transport import Slot, SymmetricBuffer
+
+HIDDEN = 64
+EPS = 1e-5
+# (rows, with residual, weight offset): one row, fewer rows than ranks, not divisible, divisible.
+CASES = [(1, True, 0.0), (3, True, 0.0), (8, False, 0.0), (37, True, 1.0), (64, True, 0.0)]
+
+
+def _inputs(case, world_size, dtype):
+    rows = CASES[case][0]
+    generator = torch.Generator().manual_seed(case)
+    partials = torch.randn(world_size, rows, HIDDEN, generator=generator).to(dtype)
+    residual = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(HIDDEN, generator=generator).to(dtype)
+    return partials, residual, weight
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _results(world_size):
+    return run_ranks(_on_rank, world_size, world_size)
+
+
+def _on_rank(rank, world_size):
+    transport = ReferenceTransport.create(torch.device("cpu"))
+    answers = {dtype: _answers(rank, world_size, dtype, transport) for dtype in DTYPES}
+    transport.close()
+    return answers
+
+
+def _answers(rank, world_size, dtype, transport):
+    buffer = transport.allocate(64, HIDDEN, dtype)
+    answers = []
+    for case, (rows, with_residual, offset) in enumerate(CASES):
+        partials, residual, weight = _inputs(case, world_size, dtype)
+        slot = buffer.slot(0, rows)
+        slot.tensor.copy_(partials[rank])
+        shard = residual[slot.owned_rows(rank, world_size)].clone() if with_residual else None
+        pending = transport.allreduce_rmsnorm(
+            slot, shard, weight, EPS, ctas=2, beside=case % 2 == 0, weight_offset=offset
+        )
+        pending.wait()
+        answers.append((slot.tensor.clone(), shard))
+    return answers
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64(world_size, dtype):
+    ranks = [answers[dtype] for answers in _results(world_size)]
+    # One rounding to the output's dtype, after float32 arithmetic over 64 columns.
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 8e-3}
+    )
+    for case, (_, with_residual, offset) in enumerate(CASES):
+        partials, residual, weight = (x.double() for x in _inputs(case, world_size, dtype))
+        total = partials.sum(0) + (residual if with_residual else 0)
+        expected = (
+            total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS) * (offset + weight)
+        )
+        for rank in range(world_size):
+            output, shard = ranks[rank][case]
+            assert torch.equal(output, ranks[0][case][0]), "ranks hold different bits"
+            torch.testing.assert_close(output.double(), expected, **tolerance)
+            if with_residual:
+                rows = Slot(output).owned_rows(rank, world_size)
+                torch.testing.assert_close(shard.double(), total[rows], **tolerance)
+
+
+def _read_early(rank):
+    transport = ReferenceTransport.create(torch.device("cpu"))
+    slot = transport.allocate(8, HIDDEN, torch.float32).slot(0, 8)
+    slot.tensor.fill_(1.0)
+    blocked = transport._worker.submit(__import__("time").sleep, 0.3)
+    pending = transport.allreduce_rmsnorm(slot, None, torch.ones(HIDDEN), EPS, ctas=2, beside=True)
+    early = slot.tensor.clone()
+    assert not blocked.done(), "the op must run behind the caller's back"
+    pending.wait()
+    late = slot.tensor.clone()
+    transport.close()
+    return early, late
+
+
+def test_runs_beside_the_caller():
+    for early, late in run_ranks(_read_early, 2):
+        assert torch.equal(early, torch.ones(8, HIDDEN))
+        torch.testing.assert_close(late, torch.ones(8, HIDDEN))
+
+
+def _fail_on_rank_one(rank):
+    transport = ReferenceTransport.create(torch.device("cpu"))
+    slot = transport.allocate(8, HIDDEN, torch.float32).slot(0, 8)
+    if rank == 1:
+        return "left"
+    pending = transport.allreduce_rmsnorm(slot, None, torch.ones(HIDDEN), EPS, ctas=2, beside=True)
+    with pytest.raises(RuntimeError):
+        pending.wait()
+    return "error"
+
+
+def test_a_rank_that_is_gone_is_an_error_and_no_hang():
+    assert run_ranks(_fail_on_rank_one, 2, timeout_s=100) == ["error", "left"]
+
+
+@pytest.mark.parametrize(("rows", "world_size"), [(1, 4), (5, 4), (8, 4), (9, 2), (3, 8)])
+def test_every_row_has_one_owner(rows, world_size):
+    slot = Slot(torch.zeros(rows, 1))
+    owned = [slot.owned_rows(rank, world_size) for rank in range(world_size)]
+    assert [row for part in owned for row in range(rows)[part]] == list(range(rows))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 2), (0, 9)])
+def test_rows_outside_the_buffer_are_refused(start, stop):
+    with pytest.raises(ValueError, match="outside the buffer's 0:8"):
+        SymmetricBuffer(torch.zeros(8, 4)).slot(start, stop)
