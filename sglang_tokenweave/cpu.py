@@ -1,0 +1,62 @@
+"""What SGLang needs to serve on a machine without a GPU: its environment and its flags.
+
+The launch scripts and the tests start real servers this way. Nothing here is applied on import, and
+nothing of it is read by the extension itself: it is the recipe for a *server process*.
+"""
+
+import os
+
+
+def environment(tp_size: int) -> dict[str, str]:
+    """Return the environment variables of a CPU server with `tp_size` ranks.
+
+    Merge them over the environment of the process to start; SGLang reads some at import.
+
+    Raises:
+        ValueError: `tp_size` is below 1.
+    """
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # Models come from a folder, so a forgotten model must fail and not download.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # One thread a rank: ranks share the cores, and sums keep one order.
+        "OMP_NUM_THREADS": "1",
+        # gloo looks the host name up otherwise, which fails on a machine without a network.
+        "GLOO_SOCKET_IFNAME": "lo",
+        # At TP > 1 SGLang would compile with inductor: twice the start-up, and it needs g++.
+        "TORCHDYNAMO_DISABLE": "1",
+        # SGLang refuses more ranks than NUMA nodes unless each rank's cores are named.
+        "SGLANG_CPU_OMP_THREADS_BIND": _cores_per_rank(tp_size, sorted(os.sched_getaffinity(0))),
+    }
+
+
+def server_arguments(tp_size: int) -> list[str]:
+    """Return SGLang's flags for a CPU server with `tp_size` ranks, all but model, host and port.
+
+    Sized for the models of `sglang_tokenweave.tiny_model`; a flag given again later on the command
+    line wins.
+    """
+    return [
+        *("--device", "cpu"),
+        *("--tp", str(tp_size)),
+        # The only backends that need no compiled kernel.
+        *("--attention-backend", "torch_native"),
+        *("--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none"),
+        # `auto` would turn a float32 checkpoint into float16; in float32 greedy tokens are equal at
+        # every TP size, in bfloat16 rounding decides.
+        *("--dtype", "float32"),
+        # SGLang cannot tell a rank's memory once its cores are named: so many tokens it may hold.
+        *("--max-total-tokens", "8192"),
+        *("--chunked-prefill-size", "512"),
+        *("--mem-fraction-static", "0.3"),
+    ]
+
+
+def _cores_per_rank(tp_size: int, cores: list[int]) -> str:
+    if tp_size < 1:
+        raise ValueError(f"tp_size={tp_size}: at least one rank is needed")
+    shares = [cores[rank::tp_size] or [cores[rank % len(cores)]] for rank in range(tp_size)]
+    return "|".join(",".join(map(str, share)) for share in shares)

@@ -1,0 +1,253 @@
+"""Decide for each batch whether to weave it, fuse it or leave it alone, and where to cut it.
+
+A pure function of integers that every rank knows: a rank that decided otherwise would deadlock the
+others.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Self
+
+from sglang_tokenweave.waves import LayerShape, best_cut
+
+
+class Mode(StrEnum):
+    """What the requests of a batch do."""
+
+    PREFILL = "prefill"
+    MIXED = "mixed"  # some prefill, some decode
+    DECODE = "decode"  # one token each
+
+
+class Kind(StrEnum):
+    """What the extension does with a batch."""
+
+    OFF = "off"  # nothing: stock SGLang
+    FUSE = "fuse"  # the fused op, on the whole batch
+    WEAVE = "weave"  # the fused op of one half beside the computation of the other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with one batch."""
+
+    kind: Kind
+    cut: int = 0  # tokens in the first half; 0 unless WEAVE
+    ctas: int = 0  # of the communication op beside a computation
+    fuse_ctas: int = 0  # of an op that has the stream to itself: FUSE, and a WEAVE's last one
+    reason: str = ""  # why less is done than weaving
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """All the planner sees of a batch.
+
+    Raises:
+        ValueError: a length is not a positive integer, or not 1 in a decode batch.
+    """
+
+    mode: Mode
+    lengths: tuple[int, ...]  # new tokens of each request, in batch order
+
+    def __post_init__(self) -> None:
+        _check_member("mode", self.mode, Mode)
+        if type(self.lengths) is not tuple or not self.lengths:
+            raise ValueError(f"lengths: got {self.lengths!r}; expected a tuple, not empty")
+        # Whole-tuple operations: this runs in every step, with hundreds of requests.
+        if set(map(type, self.lengths)) != {int} or min(self.lengths) < 1:
+            wrong = next(n for n in self.lengths if type(n) is not int or n < 1)
+            raise ValueError(f"lengths: got {wrong!r}; expected positive integers")
+        if self.mode is Mode.DECODE and max(self.lengths) > 1:
+            raise ValueError(f"lengths: got {max(self.lengths)}; expected 1 token a decode request")
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the new tokens of the whole batch."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What is best from `min_tokens` on, up to the next row of the same mode.
+
+    Raises:
+        ValueError: naming the field, what came and what is allowed.
+    """
+
+    mode: Mode
+    min_tokens: int
+    kind: Kind
+    ctas: int = 0
+    fuse_ctas: int = 0
+
+    def __post_init__(self) -> None:
+        _check_member("mode", self.mode, Mode)
+        _check_count("min_tokens", self.min_tokens, least=1)
+        _check_member("kind", self.kind, Kind)
+        _check_count("ctas", self.ctas, least=0)
+        _check_count("fuse_ctas", self.fuse_ctas, least=0)
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """What is best for batches of each mode and size: set by an operator, or measured.
+
+    Raises:
+        ValueError: two rows of a mode start at the same size.
+    """
+
+    rows: tuple[PlanRow, ...]  # given in any order, kept by mode and min_tokens
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(sorted(self.rows, key=_order)))
+        for before, row in pairwise(self.rows):
+            if _order(row) == _order(before):
+                raise ValueError(f"two {row.mode} rows, field min_tokens: both {row.min_tokens}")
+
+    def lookup(self, mode: Mode, num_tokens: int, *, weave: bool = True) -> PlanRow | None:
+        """Return the last row of `mode` with `min_tokens` of at most `num_tokens`.
+
+        A mixed batch uses the rows of prefill, unless the table has rows for mixed batches.
+        Without `weave`, rows that weave are passed over.
+        """
+        if mode == Mode.MIXED and all(row.mode != Mode.MIXED for row in self.rows):
+            mode = Mode.PREFILL
+        for row in reversed(self.rows):
+            fits = row.mode == mode and row.min_tokens <= num_tokens
+            if fits and (weave or row.kind is not Kind.WEAVE):
+                return row
+        return None
+
+    @classmethod
+    def from_thresholds(
+        cls,
+        *,
+        min_tokens: int,
+        fuse_min_tokens: int,
+        decode_min_tokens: int,
+        ctas: int,
+        fuse_ctas: int,
+    ) -> Self:
+        """Build the table of an operator who names sizes, in tokens, and CTAs.
+
+        Args:
+            min_tokens: weave prefill from here on.
+            fuse_min_tokens: fuse from here on batches that are too small to weave; 0: never.
+            decode_min_tokens: weave decode from here on; 0: never.
+            ctas: of the op beside a computation.
+            fuse_ctas: of the op alone on its stream.
+        """
+        _check_count("min_tokens", min_tokens, least=1)
+        _check_count("fuse_min_tokens", fuse_min_tokens, least=0)
+        _check_count("decode_min_tokens", decode_min_tokens, least=0)
+        rows = []
+        for mode, weave_from in ((Mode.PREFILL, min_tokens), (Mode.DECODE, decode_min_tokens)):
+            if weave_from:
+                rows.append(PlanRow(mode, weave_from, Kind.WEAVE, ctas, fuse_ctas))
+            if fuse_min_tokens and (not weave_from or fuse_min_tokens < weave_from):
+                rows.append(PlanRow(mode, fuse_min_tokens, Kind.FUSE, fuse_ctas=fuse_ctas))
+        return cls(tuple(rows))
+
+    def to_json(self) -> str:
+        """Return the table as JSON, the same text for the same table."""
+        return json.dumps({"rows": [asdict(row) for row in self.rows]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a table that `to_json` or a person wrote.
+
+        Raises:
+            ValueError: the text is no table; the error names row and field.
+        """
+        document = json.loads(text)
+        entries = document.get("rows") if isinstance(document, dict) else None
+        if type(entries) is not list:
+            raise ValueError(f"rows: got {text[:80]!r}; expected a JSON object with this list")
+        return cls(tuple(_read_row(index, entry) for index, entry in enumerate(entries)))
+
+
+def plan_batch(
+    batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, *, align: int = 1
+) -> Plan:
+    """Plan one batch: the table says what, the waves of the layer say where to cut.
+
+    Args:
+        batch: the batch.
+        table: what is best at each size.
+        layer: the GEMMs of one layer on one rank.
+        num_sms: SMs of the GPU; those of the communication are taken off here.
+        align: the cut is a multiple of it.
+
+    Raises:
+        ValueError: the row's CTAs leave no SMs to the GEMMs.
+    """
+    return _plan(batch, table, layer, num_sms, align)
+
+
+def where_cut(batch: BatchShape, cut: int) -> Literal["inside", "between"]:
+    """Say whether a cut falls inside a request or between two.
+
+    Raises:
+        ValueError: the cut is not strictly inside the batch.
+    """
+    if not 0 < cut < batch.num_tokens:
+        raise ValueError(f"cut: got {cut}; expected 1 to {batch.num_tokens - 1}")
+    return "between" if cut in accumulate(batch.lengths) else "inside"
+
+
+@lru_cache(maxsize=1024)
+def _plan(batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, align: int) -> Plan:
+    _check_count("align", align, least=1)
+    row = table.lookup(batch.mode, batch.num_tokens)
+    reason = ""
+    if row is not None and row.kind is Kind.WEAVE:
+        if batch.num_tokens > align:  # then a multiple of it lies inside; align=1: two tokens
+            cut = _cut(batch, row, layer, num_sms, align)
+            return Plan(Kind.WEAVE, cut, row.ctas, row.fuse_ctas)
+        reason = f"too few tokens to cut at a multiple of {align}"
+        row = table.lookup(batch.mode, batch.num_tokens, weave=False)
+    if row is not None and row.kind is Kind.FUSE:
+        return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas, reason=reason)
+    if not reason:
+        reason = "off in the table" if row else f"smaller than any {batch.mode} row of the table"
+    return Plan(Kind.OFF, reason=reason)
+
+
+def _cut(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, align: int) -> int:
+    if num_sms - row.ctas < 2:
+        raise ValueError(f"num_sms: got {num_sms}; {row.ctas} CTAs leave too few of them to GEMMs")
+    return best_cut(batch.lengths, layer, num_sms - row.ctas, align)
+
+
+def _read_row(index: int, entry: Any) -> PlanRow:
+    names = [field.name for field in fields(PlanRow)]
+    if type(entry) is not dict:
+        raise ValueError(f"row {index}: got {entry!r}; expected an object with {', '.join(names)}")
+    for name in sorted({*names} ^ {*entry}):
+        problem = "missing" if name in names else f"unknown; expected {', '.join(names)}"
+        raise ValueError(f"row {index}, field {name}: {problem}")
+    values = dict(entry)
+    for name, members in (("mode", Mode), ("kind", Kind)):
+        if values[name] in [*members]:
+            values[name] = members(values[name])
+    try:
+        return PlanRow(**values)
+    except ValueError as error:
+        raise ValueError(f"row {index}, field {error}") from error
+
+
+def _order(row: PlanRow) -> tuple[str, int]:
+    return row.mode.value, row.min_tokens
+
+
+def _check_member(name: str, value: Any, members: type[StrEnum]) -> None:
+    if type(value) is not members:
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(members)}")
+
+
+def _check_count(name: str, value: Any, *, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}: got {value!r}; expected an integer of at least {least}")
