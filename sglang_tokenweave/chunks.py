@@ -23,7 +23,7 @@ def aligned_budget(
 
     The result is a multiple of `page_size` if it differs from `budget`; where no page boundary
     meets a tile boundary, the total ends less than a page before one. Unchanged if that would go
-    below `floor` or one page, or would leave the last tile no fuller than SGLang's own rounding.
+    below `floor` or one page, or would leave the last tile no fuller.
 
     Args:
         budget: tokens of prefill that this pass may still add; None: SGLang does not chunk.
@@ -44,12 +44,11 @@ def aligned_budget(
             raise ValueError(f"{name}: got {value}; expected at least {least}")
     if budget is None:
         return None
-    total = (budget + num_mixed_decode_tokens) // tile * tile
-    aligned = (total - num_mixed_decode_tokens) // page_size * page_size
-    stock = budget // page_size * page_size
-    unfilled = -(aligned + num_mixed_decode_tokens) % tile
-    unfilled_stock = -(stock + num_mixed_decode_tokens) % tile
-    if aligned < max(floor, page_size) or unfilled >= unfilled_stock:
+    whole_tiles = (budget + num_mixed_decode_tokens) // tile * tile - num_mixed_decode_tokens
+    # SGLang rounds the first chunk of a request down to pages itself, but not the next ones.
+    aligned = whole_tiles // page_size * page_size
+    unfilled, before = (-(each + num_mixed_decode_tokens) % tile for each in (aligned, budget))
+    if aligned < max(floor, page_size) or unfilled >= before:
         return budget
     return aligned
 

@@ -33,11 +33,11 @@ class Hook:
     parameters: tuple[str, ...]  # the leading parameters of the target that the handler relies on
     role: Role
     why: str
+    versions: str = "0.5.17 to 0.5.23"  # where the target was seen with these parameters
 
 
 _SRT = "sglang.srt."
 HOOKS = (
-    # Present with these parameters in 0.5.17, 0.5.21 and 0.5.23 (tests/test_versions.py).
     Hook(
         target=_SRT + "server_args.ServerArgs.add_cli_args",
         kind="AFTER",

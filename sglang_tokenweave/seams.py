@@ -115,6 +115,7 @@ def graph_owns_forward() -> bool:
 def _graph_probes() -> tuple[Callable[[], Any], ...]:
     backends = "model_executor.runner_backend_utils."
     paths = (
+        "model_executor.runner_utils.capture_mode:get_is_capture_mode",  # its warm-ups too
         backends + "breakable_cuda_graph.context:is_in_breakable_cuda_graph",
         backends + "tc_piecewise_cuda_graph.context_manager:get_tc_piecewise_forward_context",
         "model_executor.runner_utils.prefill_graph:is_in_prefill_graph_scope",  # from 0.5.23
