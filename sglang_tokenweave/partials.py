@@ -39,7 +39,9 @@ def redirect(linear: Any) -> None:
 
     @functools.wraps(original)
     def forward(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _destination is None or input_.shape[0] != _destination.shape[0]:
+        # Some kernels hand over a pair, values and scales: their result is copied.
+        is_plain = isinstance(input_, torch.Tensor)
+        if _destination is None or not is_plain or input_.shape[0] != _destination.shape[0]:
             return original(input_, *args, **kwargs)
         return original(input_, *args, output_tensor=_destination, **kwargs)
 

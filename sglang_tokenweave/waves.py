@@ -128,10 +128,10 @@ def counting_tile(gemm: GemmShape, num_sms: int) -> Tile:
 def best_cut(lengths: tuple[int, ...], layer: LayerShape, num_sms: int, align: int = 1) -> int:
     """Return the tokens of the first half for the fewest waves, under TokenWeave's rule.
 
-    The rule (arXiv 2505.11329): the halves take no more waves than the whole, where any cut can do
-    that. Cuts between 3/8 and 5/8 of the tokens come first, because each half has to hide the
-    other's communication; a cut outside needs the rule as its reason. Ties go to the most even cut,
-    then to one between two requests, then to the smaller.
+    The rule (arXiv 2505.11329): the halves take no more waves than the whole, where a cut between
+    1/4 and 3/4 of the tokens can do that. Cuts between 3/8 and 5/8 come first, because each half
+    has to hide the other's communication; a cut outside needs the rule as its reason. Ties go to
+    the most even cut, then to one between two requests, then to the smaller.
 
     Args:
         lengths: new tokens of each request, in batch order.
@@ -163,8 +163,9 @@ def _best_cuts(num_tokens: int, layer: LayerShape, num_sms: int, align: int) -> 
     counts = {cut: waves_of_halves(cut) for cut, off in unevenness.items() if off <= tolerated}
     whole = sum(grid.waves(num_tokens) for grid in grids)
     if min(counts.values()) > whole:
-        everywhere = {cut: waves_of_halves(cut) for cut in unevenness}
-        counts = {cut: count for cut, count in everywhere.items() if count <= whole} or counts
+        wider = {cut for cut, off in unevenness.items() if off <= max(num_tokens // 2, tolerated)}
+        keeping = {cut: count for cut in wider if (count := waves_of_halves(cut)) <= whole}
+        counts = keeping or counts
     costs = {cut: (count, unevenness[cut]) for cut, count in counts.items()}
     best = min(costs.values())
     return tuple(cut for cut, cost in costs.items() if cost == best)

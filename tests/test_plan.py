@@ -1,0 +1,289 @@
+"""The planner: what is planned, that every rank plans it alike, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_tokenweave.plan import (
+    BatchShape,
+    Kind,
+    Mode,
+    Plan,
+    PlanRow,
+    PlanTable,
+    plan_batch,
+    where_cut,
+)
+from sglang_tokenweave.waves import GemmShape, LayerShape, best_cut, dense_layer
+
+LAYER = dense_layer(4096, 32, 8, 128, 14336, 2)
+TABLE = PlanTable.from_thresholds(
+    min_tokens=1024, fuse_min_tokens=64, decode_min_tokens=256, ctas=8, fuse_ctas=16
+)
+WEAVE_ALL = PlanTable.from_thresholds(
+    min_tokens=1, fuse_min_tokens=0, decode_min_tokens=1, ctas=4, fuse_ctas=12
+)
+
+rows = st.builds(
+    PlanRow,
+    mode=st.sampled_from(Mode),
+    min_tokens=st.integers(1, 40),
+    kind=st.sampled_from(Kind),
+    ctas=st.integers(0, 16),
+    fuse_ctas=st.integers(0, 32),
+)
+tables = st.lists(rows, max_size=8, unique_by=lambda row: (row.mode, row.min_tokens)).map(
+    lambda rows: PlanTable(tuple(rows))
+)
+long_batches = st.builds(
+    BatchShape,
+    mode=st.sampled_from((Mode.PREFILL, Mode.MIXED)),
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=6).map(tuple),
+)
+small_batches = st.builds(
+    BatchShape,
+    mode=st.sampled_from((Mode.PREFILL, Mode.MIXED)),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple),
+)
+decode_batches = st.builds(
+    BatchShape,
+    mode=st.just(Mode.DECODE),
+    lengths=st.integers(1, 500).map(lambda requests: (1,) * requests),
+)
+
+
+def prefill(*lengths):
+    return BatchShape(Mode.PREFILL, lengths)
+
+
+@given(long_batches | small_batches | decode_batches, st.sampled_from((1, 2, 16)))
+@settings(deadline=None)
+def test_every_batch_that_can_be_cut_is_woven_where_the_table_says_so(batch, align):
+    plan = plan_batch(batch, WEAVE_ALL, LAYER, 132, align=align)
+    if batch.num_tokens <= align:
+        assert plan.kind is Kind.OFF
+        assert plan.cut == plan.ctas == plan.fuse_ctas == 0
+        assert plan.reason == f"too few tokens to cut at a multiple of {align}"
+        return
+    assert 0 < plan.cut < batch.num_tokens
+    assert plan.cut % align == 0
+    assert plan == Plan(Kind.WEAVE, plan.cut, ctas=4, fuse_ctas=12)
+    assert plan.cut == best_cut(batch.lengths, LAYER, 132 - 4, align)
+    if batch.mode is Mode.DECODE:
+        assert where_cut(batch, plan.cut) == "between"
+
+
+@given(tables, small_batches | decode_batches)
+@settings(deadline=None)
+def test_a_plan_does_what_the_row_says(table, batch):
+    plan = plan_batch(batch, table, LAYER, 132)
+    row = table.lookup(batch.mode, batch.num_tokens)
+    kind = row.kind if row else Kind.OFF
+    assert (plan.cut > 0) == (plan.kind is Kind.WEAVE)
+    if kind is not Kind.WEAVE or batch.num_tokens > 1:
+        assert plan.kind is kind
+        assert plan.ctas == (row.ctas if kind is Kind.WEAVE else 0)
+        assert plan.fuse_ctas == (row.fuse_ctas if kind is not Kind.OFF else 0)
+    else:
+        assert plan.kind is not Kind.WEAVE
+    assert bool(plan.reason) == (plan.kind is Kind.OFF or plan.kind is not kind)
+
+
+def test_thresholds():
+    def kinds(mode, table=TABLE):
+        sizes = (1, 63, 64, 255, 256, 1023, 1024, 9000)
+        shapes = [(1,) * n if mode is Mode.DECODE else (n,) for n in sizes]
+        plans = [plan_batch(BatchShape(mode, shape), table, LAYER, 132) for shape in shapes]
+        return "".join({"off": ".", "fuse": "f", "weave": "w"}[plan.kind] for plan in plans)
+
+    assert kinds(Mode.PREFILL) == "..ffffww"
+    assert kinds(Mode.MIXED) == "..ffffww"
+    assert kinds(Mode.DECODE) == "..ffwwww"
+
+    def fusing_from(size):
+        return PlanTable.from_thresholds(
+            min_tokens=256, fuse_min_tokens=size, decode_min_tokens=0, ctas=8, fuse_ctas=16
+        )
+
+    assert kinds(Mode.PREFILL, fusing_from(0)) == "....wwww"
+    assert kinds(Mode.DECODE, fusing_from(0)) == "........"
+    assert kinds(Mode.DECODE, fusing_from(64)) == "..ffffff"
+    # FUSE from where WEAVE already began: nothing is left for it.
+    assert kinds(Mode.PREFILL, fusing_from(300)) == "....wwww"
+
+
+def test_a_batch_that_cannot_be_cut_is_fused_if_the_table_fuses_at_that_size():
+    rows = (PlanRow(Mode.DECODE, 1, Kind.WEAVE, 8, 16),)
+    assert plan_batch(BatchShape(Mode.DECODE, (1,)), PlanTable(rows), LAYER, 132).kind is Kind.OFF
+    table = PlanTable(
+        (PlanRow(Mode.PREFILL, 4, Kind.FUSE, 0, 20), PlanRow(Mode.PREFILL, 16, Kind.WEAVE, 8, 16))
+    )
+    plan = plan_batch(prefill(30), table, LAYER, 132, align=32)
+    reason = "too few tokens to cut at a multiple of 32"
+    assert plan == Plan(Kind.FUSE, fuse_ctas=20, reason=reason)
+
+
+def test_off_has_a_reason():
+    assert plan_batch(prefill(5), TABLE, LAYER, 132).reason == (
+        "smaller than any prefill row of the table"
+    )
+    off = PlanTable((PlanRow(Mode.DECODE, 1, Kind.OFF),))
+    assert plan_batch(BatchShape(Mode.DECODE, (1,)), off, LAYER, 132).reason == "off in the table"
+
+
+@given(tables, st.sampled_from(Mode), st.integers(0, 50))
+@settings(deadline=None)
+def test_lookup_finds_the_last_row_that_has_begun(table, mode, num_tokens):
+    own = [row for row in table.rows if row.mode is mode]
+    if mode is Mode.MIXED and not own:
+        own = [row for row in table.rows if row.mode is Mode.PREFILL]
+    begun = {row.min_tokens: row for row in own if row.min_tokens <= num_tokens}
+    expected = begun[max(begun)] if begun else None
+    assert table.lookup(mode, num_tokens) == expected
+
+
+@given(tables)
+@settings(deadline=None)
+def test_json_round_trip(table):
+    text = table.to_json()
+    assert PlanTable.from_json(text) == table
+    assert PlanTable.from_json(text).to_json() == text
+    document = json.loads(text)
+    document["rows"].reverse()
+    assert PlanTable.from_json(json.dumps(document)) == table
+
+
+def test_rows_are_kept_sorted():
+    table = PlanTable(tuple(reversed(TABLE.rows)))
+    assert table == TABLE
+    assert [row.min_tokens for row in table.rows] == [64, 256, 64, 1024]
+
+
+def test_where_cut():
+    batch = prefill(3, 5, 2)
+    found = [where_cut(batch, cut) for cut in range(1, 10)]
+    assert [cut for cut, where in enumerate(found, 1) if where == "between"] == [3, 8]
+    for cut in (-1, 0, 10, 11):
+        with pytest.raises(ValueError, match=f"cut: got {cut}; expected 1 to 9"):
+            where_cut(batch, cut)
+
+
+def test_communication_takes_its_sms_from_the_gemms():
+    # 132 tiles in a row: one wave on 132 SMs, two on 124, so the halves of three rows differ.
+    layer = LayerShape((GemmShape("g", n=128 * 132, k=8192),))
+    eight = PlanTable((PlanRow(Mode.PREFILL, 1, Kind.WEAVE, 8),))
+    none = PlanTable((PlanRow(Mode.PREFILL, 1, Kind.WEAVE, 0),))
+    for batch in map(prefill, range(700, 5000, 130)):
+        for table, left in ((eight, 124), (none, 132)):
+            assert plan_batch(batch, table, layer, 132).cut == best_cut(batch.lengths, layer, left)
+    with pytest.raises(ValueError, match="num_sms: got 9; 8 CTAs leave too few"):
+        plan_batch(prefill(5000), eight, layer, 9)
+    with pytest.raises(ValueError, match="align: got 0"):
+        plan_batch(prefill(5000), eight, layer, 132, align=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lengths", "message"),
+    [
+        ("prefill", (1,), "mode: got 'prefill'; expected one of prefill, mixed, decode"),
+        (Mode.PREFILL, (), r"lengths: got \(\); expected a tuple"),
+        (Mode.PREFILL, [5], r"lengths: got \[5\]; expected a tuple"),
+        (Mode.PREFILL, (5, 0), "lengths: got 0; expected positive integers"),
+        (Mode.MIXED, (5, -3), "lengths: got -3"),
+        (Mode.MIXED, (5, 2.0), r"lengths: got 2\.0"),
+        (Mode.MIXED, (5, True), "lengths: got True"),
+        (Mode.DECODE, (1, 2), "lengths: got 2; expected 1 token a decode request"),
+    ],
+)
+def test_impossible_batches_are_refused(mode, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        BatchShape(mode, lengths)
+
+
+def row_with(**changes):
+    good = {"mode": "prefill", "min_tokens": 9, "kind": "weave", "ctas": 4, "fuse_ctas": 8}
+    return {name: value for name, value in {**good, **changes}.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (row_with(mode="chat"), "row 1, field mode: got 'chat'; expected one of prefill, mixed"),
+        (row_with(mode=["prefill"]), r"row 1, field mode: got \['prefill'\]"),
+        (row_with(kind=None), "row 1, field kind: got None; expected one of off, fuse, weave"),
+        (row_with(min_tokens=0), "row 1, field min_tokens: got 0; expected an integer of at least"),
+        (row_with(min_tokens=7.5), r"row 1, field min_tokens: got 7\.5"),
+        (row_with(ctas=-1), "row 1, field ctas: got -1; expected an integer of at least 0"),
+        (row_with(fuse_ctas="8"), "row 1, field fuse_ctas: got '8'"),
+        (row_with(fuse_ctas=True), "row 1, field fuse_ctas: got True"),
+        (row_with(kind=...), "row 1, field kind: missing"),
+        (row_with(sms=4), "row 1, field sms: unknown; expected mode, min_tokens, kind, ctas"),
+        (7, "row 1: got 7; expected an object"),
+        (row_with(min_tokens=5), "two prefill rows, field min_tokens: both 5"),
+    ],
+)
+def test_json_errors_name_row_and_field(row, message):
+    text = json.dumps({"rows": [row_with(min_tokens=5), row]})
+    with pytest.raises(ValueError, match=message):
+        PlanTable.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 5}', '{"rows": null}', "7"])
+def test_json_that_is_no_table(text):
+    with pytest.raises(ValueError, match=r"rows: got .* expected a JSON object|Expecting value"):
+        PlanTable.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("min_tokens", 0, "min_tokens: got 0; expected an integer of at least 1"),
+        ("fuse_min_tokens", -1, "fuse_min_tokens: got -1; expected an integer of at least 0"),
+        ("decode_min_tokens", -1, "decode_min_tokens: got -1"),
+        ("ctas", -2, "ctas: got -2"),
+        ("fuse_ctas", 1.0, r"fuse_ctas: got 1\.0"),
+    ],
+)
+def test_thresholds_out_of_range(option, value, message):
+    sizes = {"min_tokens": 9, "fuse_min_tokens": 1, "decode_min_tokens": 9}
+    with pytest.raises(ValueError, match=message):
+        PlanTable.from_thresholds(**{**sizes, "ctas": 1, "fuse_ctas": 1, option: value})
+
+
+RANK = """
+import random, sys
+from sglang_tokenweave.plan import BatchShape, Mode, PlanTable, plan_batch
+from sglang_tokenweave.waves import dense_layer, moe_layer
+table = PlanTable.from_thresholds(
+    min_tokens=64, fuse_min_tokens=16, decode_min_tokens=32, ctas=8, fuse_ctas=16
+)
+dense = dense_layer(8192, 64, 8, 128, 28672, 8)
+layers = dense, moe_layer(dense, 16, 2)
+draw = random.Random(5)
+for _ in range(400):
+    mode = draw.choice(list(Mode))
+    top = 1 if mode is Mode.DECODE else 2000
+    lengths = tuple(draw.randint(1, top) for _ in range(draw.randint(1, 90 if top == 1 else 6)))
+    layer, align = draw.choice(layers), draw.choice((1, 8))
+    print(plan_batch(BatchShape(mode, lengths), table, layer, 132, align=align))
+print(table.to_json())
+assert not {"torch", "sglang", "numpy"} & set(sys.modules), "the planner is pure"
+"""
+
+
+def test_two_processes_plan_alike():
+    outputs = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", RANK]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    for kind in Kind:
+        assert f"<Kind.{kind.name}:" in outputs[0], "the sample must contain every kind of plan"
