@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sglang_tokenweave import architectures, refusals, seams
-from sglang_tokenweave.config import TokenWeaveConfig, describe
+from sglang_tokenweave.agreement import gather
+from sglang_tokenweave.config import TokenWeaveConfig, describe, flag
 from sglang_tokenweave.plan import Kind, PlanTable
 from sglang_tokenweave.reference import ReferenceTransport
 from sglang_tokenweave.refusals import ModelFacts
@@ -125,8 +125,8 @@ def _reasons(model_runner: Any) -> tuple[str, ...]:
         )
     if model_runner.device != "cpu" and state.config.transport == "auto":
         reasons += (
-            "this release has no device transport, so stock is faster "
-            "(--tokenweave-transport reference weaves all the same, for checks)",
+            "no device transport is ready in this release, so stock is faster "
+            f"({flag('transport')} reference weaves all the same, for checks)",
         )
     return reasons
 
@@ -158,9 +158,8 @@ def _is_plain(norm: Any) -> bool:
 
 def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
     """Return the reasons of all ranks: what one cannot do, none does."""
-    ballots: list[tuple[str, ...] | None] = [None] * group.world_size
-    dist.all_gather_object(ballots, reasons, group=group.cpu_group)
-    return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot or ()))
+    ballots = gather(reasons, group.cpu_group)
+    return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot))
 
 
 def _install(model_runner: Any) -> None:
