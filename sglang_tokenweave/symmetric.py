@@ -39,15 +39,8 @@ class PeerMemory:
             exported = step("export", group, lambda: _export(own, stack))
             token = gather(descriptors.new_token(), group)[0]
             received = step(
-                "exchange of descriptors",
-                group,
-                lambda: descriptors.exchange(
-                    exported, self.rank, dist.get_world_size(group), token, DEADLINE_S
-                ),
+                "exchange of descriptors", group, lambda: _exchange(exported, token, group, stack)
             )
-            for rank, descriptor in enumerate(received):
-                if rank != self.rank:
-                    stack.callback(os.close, descriptor)
             self._mapped = stack.enter_context(ExitStack())
 
             def map_all() -> None:
@@ -108,6 +101,16 @@ def _export(handle: Any, stack: ExitStack) -> int:
     descriptor = int(driver.call("cuMemExportToShareableHandle", handle, _handle_type(), 0))
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _exchange(own: int, token: str, group: dist.ProcessGroup, stack: ExitStack) -> list[int]:
+    rank = dist.get_rank(group)
+    received = descriptors.exchange(own, rank, dist.get_world_size(group), token, DEADLINE_S)
+    # At once: this rank may have got all of them where another one failed.
+    for sender, descriptor in enumerate(received):
+        if sender != rank:
+            stack.callback(os.close, descriptor)
+    return received
 
 
 def _import(descriptor: int, stack: ExitStack) -> Any:
