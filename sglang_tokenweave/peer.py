@@ -11,7 +11,7 @@ from sglang_tokenweave.agreement import step
 from sglang_tokenweave.driver import Kernel
 from sglang_tokenweave.kernels import MAX_CTAS, MAX_RANKS, Params, Variant, choose_variant
 from sglang_tokenweave.symmetric import PeerMemory
-from sglang_tokenweave.transport import Pending, Slot, SymmetricBuffer
+from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricBuffer
 
 DEADLINE_NS = 30 * 10**9  # of one wait on the device, for a rank that is late or gone
 # Kernels on two streams may meet their peers in any order, so each stream has signals of its own.
@@ -23,14 +23,6 @@ _PAD_BYTES = MAX_CTAS * MAX_RANKS * 4
 class _Done:
     def wait(self) -> None:
         """Nothing to wait for: it ran on the caller's stream."""
-
-
-@dataclass(frozen=True)
-class _OnStream:
-    event: torch.cuda.Event
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
 
 
 class PeerTransport:
@@ -94,7 +86,7 @@ class PeerTransport:
             return _Done()
         self._stream.wait_stream(current)
         self._kernel.launch(self._stream.cuda_stream, num_blocks, parameters)
-        return _OnStream(self._stream.record_event())
+        return StreamPending(self._stream.record_event())
 
     def close(self) -> None:
         """Unmap all memory; a collective call."""

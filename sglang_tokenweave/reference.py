@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave.transport import Pending, Slot, SymmetricBuffer
+from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricBuffer
 
 DEADLINE = timedelta(seconds=120)  # for one collective; a dead peer is noticed at once by gloo
 
@@ -47,14 +47,6 @@ class _ThreadPending:
 
     def wait(self) -> None:
         self.future.result()
-
-
-@dataclass(frozen=True)
-class _StreamPending:
-    event: torch.cuda.Event
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
 
 
 class ReferenceTransport:
@@ -126,7 +118,7 @@ class ReferenceTransport:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
-            return _StreamPending(self._stream.record_event())
+            return StreamPending(self._stream.record_event())
 
     def _run(
         self,

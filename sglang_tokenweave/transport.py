@@ -62,6 +62,17 @@ class Pending(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class StreamPending:
+    """A communication on a stream of its own, which `event` ends."""
+
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        """Order the caller's stream behind it."""
+        torch.cuda.current_stream().wait_event(self.event)
+
+
 class Transport(Protocol):
     """The communication op of one tensor-parallel group.
 

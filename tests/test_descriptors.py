@@ -1,156 +1,17 @@
-"""The exchange of file descriptors: by processes, late and killed ones too, and among strangers."""
+"""The exchange of file descriptors among the processes of a group, late and killed ones too."""
 
 import errno
-import multiprocessing
 import os
-import random
 import re
-import resource
 import signal
 import socket
 import time
-from contextlib import contextmanager, suppress
-from threading import Thread
 
 import pytest
+from exchanging import PATIENCE_S, Ranks, address, all_met, meet, open_descriptors
 
 from sglang_tokenweave import descriptors
-from sglang_tokenweave.descriptors import ExchangeError, _Exchange, exchange, new_token
-
-PATIENCE_S = 20  # for what must succeed: two busy cores are slow, and it costs nothing when not
-
-
-def open_descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
-class Ranks:
-    """Processes that run `function(rank, *arguments)`; what came of each is in `outcomes`."""
-
-    def __init__(self, function, ranks, *arguments, start="fork"):
-        context = multiprocessing.get_context(start)
-        self._running = {}
-        for rank in ranks:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_report, args=(sender, function, rank, arguments))
-            process.start()
-            sender.close()
-            self._running[rank] = process, receiver
-
-    def outcomes(self):
-        """Return by rank the value, the exception, or None of a process that was killed."""
-        found = {}
-        for rank, (process, receiver) in self._running.items():
-            assert receiver.poll(2 * PATIENCE_S), f"rank {rank} does not end"
-            try:
-                found[rank] = receiver.recv()
-            except EOFError:
-                found[rank] = None
-            receiver.close()
-            process.join()
-            process.close()
-        return found
-
-    def kill(self):
-        for process, receiver in self._running.values():
-            process.kill()
-            process.join()
-            receiver.close()
-
-
-def _report(sender, function, rank, arguments):
-    try:
-        sender.send(function(rank, *arguments))
-    except Exception as error:  # noqa: BLE001 - the parent looks at whatever it was
-        sender.send(error)
-
-
-def meet(rank, world_size, token, deadline_s=PATIENCE_S, late_s=None):
-    """Write to every rank through the descriptor got from it; return what came through our own."""
-    time.sleep((late_s or {}).get(rank, 0))
-    before = open_descriptors()
-    reader, writer = os.pipe()
-    try:
-        got = exchange(writer, rank, world_size, token, deadline_s)
-        assert got[rank] == writer
-        received = [fd for fd in got if fd != writer]
-        assert not any(map(os.get_inheritable, received))
-        for peer, descriptor in enumerate(got):
-            os.write(descriptor, f"{rank:02}to{peer:02} ".encode())
-        text = b""
-        while len(text) < 7 * world_size:
-            text += os.read(reader, 7 * world_size - len(text))
-        for descriptor in received:
-            os.close(descriptor)
-        return sorted(text.decode().split())
-    finally:
-        os.close(reader)
-        os.close(writer)
-        assert open_descriptors() == before
-
-
-def all_met(world_size):
-    return {
-        rank: [f"{peer:02}to{rank:02}" for peer in range(world_size)] for rank in range(world_size)
-    }
-
-
-@contextmanager
-def squatter(token, rank, answer):
-    """Listen where `rank` would, and call `answer(connection)` on everyone who connects."""
-
-    def serve():
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection, suppress(ConnectionError):
-                    answer(connection)
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(address(token, rank))
-        listener.listen()
-        thread = Thread(target=serve)
-        thread.start()
-        try:
-            yield
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
-def address(token, rank):
-    return _Exchange(-1, rank, rank + 1, token)._address(rank)
-
-
-def proof(token, sender, receiver):
-    return _Exchange(-1, 0, 1, token)._proof(sender, receiver)
-
-
-def connect(token, rank):
-    """Connect to a rank as a stranger would, as soon as it listens."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            connection.connect(address(token, rank))
-        except ConnectionError:
-            connection.close()
-            time.sleep(0.01)
-        else:
-            return connection
-    raise TimeoutError(f"rank {rank} does not listen")
-
-
-def answer_to(connection, message):
-    """Return all that comes back for a message: the bytes and the number of descriptors."""
-    with connection, suppress(ConnectionError):
-        connection.settimeout(PATIENCE_S)
-        connection.send(message)
-        data, received, _, _ = socket.recv_fds(connection, 4096, 16)
-        for descriptor in received:
-            os.close(descriptor)
-        return data, len(received)
-    return b"", 0
+from sglang_tokenweave.descriptors import ExchangeError, exchange, new_token
 
 
 @pytest.mark.parametrize(
@@ -243,138 +104,6 @@ def _receive_in_vain(rank, token):
     return named[1].split(", "), open_descriptors() - before
 
 
-def _flood(_, token, world_size, connections):
-    """Connect again and again, and never say anything."""
-    held = []
-    while True:
-        for rank in range(world_size):
-            held.append(connect(token, rank))
-        while len(held) > connections:
-            held.pop(0).close()
-
-
-def _babble(_, token, world_size):
-    """Send garbage, empty and long messages and descriptors, as fast as it goes."""
-    noise = random.Random(0)
-    _limit_open_files(100)  # so many descriptors in flight are left to the ranks, of the same user
-    while True:
-        for rank in range(world_size):
-            message = noise.randbytes(noise.choice([0, 1, 31, 32, 33, 10_000]))
-            with connect(token, rank) as connection, suppress(OSError):
-                socket.send_fds(connection, [message], [0] * noise.choice([0, 1, 20]))
-
-
-def _meet_with_few_descriptors(*arguments):
-    """Meet in a process that cannot keep all those connections open."""
-    _limit_open_files(250)
-    return meet(*arguments)
-
-
-def _limit_open_files(limit):
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-@pytest.mark.parametrize(
-    ("strangers", "arguments"),
-    [(_flood, (900,)), (_flood, (1,)), (_babble, ())],
-    ids=["silent", "hasty", "babbling"],
-)
-def test_many_strangers_neither_stop_nor_starve_an_exchange(strangers, arguments):
-    token = new_token()
-    # The last rank is late, so that the others are under attack when it comes.
-    crowd = Ranks(strangers, range(4), token, 3, *arguments)
-    try:
-        late_s = {3: 1.0}
-        ranks = Ranks(_meet_with_few_descriptors, range(4), 4, token, PATIENCE_S, late_s)
-        assert ranks.outcomes() == all_met(4)
-    finally:
-        crowd.kill()
-
-
-def test_a_stranger_gets_nothing():
-    token, wrong = new_token(), new_token()
-    ranks = Ranks(meet, range(2), 3, token, 1.5)
-    messages = [
-        token.encode(),
-        b"",
-        b"\0" * 32,
-        proof(wrong, 1, 0),
-        proof(token, 0, 1),  # what rank 0 itself says to others
-        proof(token, 2, 1),  # what the missing rank says to another
-        proof(token, 1, 0)[:-1],
-    ]
-    for message in messages:
-        assert answer_to(connect(token, 0), message) == (b"", 0)
-    # The same stranger, with what only rank 2 can know: the test can tell a refusal from silence.
-    assert answer_to(connect(token, 0), proof(token, 2, 0)) == (proof(token, 0, 2), 1)
-    assert answer_to(connect(token, 0), proof(token, 2, 0)) == (b"", 0)  # once only
-    assert all("with rank(s) 2 in" in str(error) for error in ranks.outcomes().values())
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_gets_nothing_even_with_the_token():
-    token = new_token()
-    ranks = Ranks(meet, range(2), 3, token, 1.5)
-    stranger = Ranks(_ask_as_nobody, [2], token)
-    assert stranger.outcomes() == {2: (b"", 0)}
-    assert all("with rank(s) 2 in" in str(error) for error in ranks.outcomes().values())
-
-
-def _ask_as_nobody(rank, token):
-    os.setuid(65534)
-    return answer_to(connect(token, 0), proof(token, rank, 0))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_in_a_ranks_place_is_told_nothing():
-    token = new_token()
-    stranger = Ranks(_listen_as_nobody, [1], token)
-    with pytest.raises(ExchangeError, match=r"rank\(s\) 1 in"):
-        exchange(0, 0, 2, token, 1.0)
-    assert stranger.outcomes() == {1: b""}
-
-
-def _listen_as_nobody(rank, token):
-    os.setuid(65534)
-    heard = []
-    with squatter(token, rank, lambda connection: heard.append(connection.recv(4096))):
-        time.sleep(1.5)
-    assert heard
-    return b"".join(heard)
-
-
-@pytest.mark.parametrize("kind", ["garbage", "echo", "hang-up"])
-def test_takes_no_descriptor_from_a_stranger_in_a_ranks_place(kind):
-    token, before = new_token(), open_descriptors()
-    heard = []
-
-    def answer(connection):
-        heard.append(connection.recv(4096))
-        if len(heard) == 1:  # rank 0 has served rank 1: only what it takes from here is at stake
-            assert answer_to(connect(token, 0), proof(token, 1, 0))[1] == 1
-        if kind != "hang-up":
-            message = heard[-1] if kind == "echo" else b"x" * 32
-            socket.send_fds(connection, [message], [0, 1])
-
-    with squatter(token, 1, answer), pytest.raises(ExchangeError, match=r"rank\(s\) 1 in"):
-        exchange(0, 0, 2, token, 0.5)
-    assert set(heard) == {proof(token, 0, 1)}
-    assert len(heard) < 100, "asked again without a pause"
-    assert open_descriptors() == before
-
-
-def test_says_so_when_a_descriptor_is_lost_on_the_way():
-    token, before = new_token(), open_descriptors()
-
-    def answer(connection):
-        connection.send(proof(token, 1, 0))  # what the receiver sees at its limit of open files
-
-    with squatter(token, 1, answer), pytest.raises(ExchangeError, match="ulimit -n"):
-        exchange(0, 0, 2, token, PATIENCE_S)
-    assert open_descriptors() == before
-
-
 def test_asks_again_while_too_many_descriptors_are_in_flight():
     assert Ranks(_meet_after_a_jam, range(2), 2, new_token()).outcomes() == all_met(2)
 
@@ -390,16 +119,6 @@ def _meet_after_a_jam(rank, *arguments):
 
     descriptors.socket.send_fds = jammed
     return meet(rank, *arguments)
-
-
-def test_refuses_a_rank_that_is_taken():
-    token, before = new_token(), open_descriptors()
-    with (
-        squatter(token, 0, lambda _: None),
-        pytest.raises(ExchangeError, match="another process hold this rank"),
-    ):
-        exchange(0, 0, 2, token, PATIENCE_S)
-    assert open_descriptors() == before
 
 
 def test_addresses_are_short_and_do_not_tell_the_token():
