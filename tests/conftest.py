@@ -1,0 +1,63 @@
+"""Fixtures that servers share: tiny models and the answers of stock servers, once a session."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import workloads
+from server import Server, after_import
+
+# Overrides of the tiny models' configurations, where SGLang's class expects another field.
+_OVERRIDES = {"gemma2": {"hidden_act": "gelu_pytorch_tanh"}}
+# The one Triton kernel on the path of these models, in torch: there is no Triton on a CPU.
+_KERNEL = "sglang.kernels.ops.elementwise.elementwise"
+_KERNEL_IN_TORCH = """
+def fused_gate_sigmoid_mul_add(hidden_states, gate_weight, shared_output, final_hidden_states):
+    import torch
+    gate = torch.sigmoid(hidden_states @ gate_weight).unsqueeze(-1)
+    final_hidden_states += gate * shared_output
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from an architecture's name to the folder of a tiny model of it."""
+    from sglang_tokenweave.tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return lambda name: make_tiny_model(name, folder / name, **_OVERRIDES.get(name, {}))
+
+
+@pytest.fixture(scope="session")
+def pythonpath(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """Return a function from an architecture to what its server needs on PYTHONPATH on a CPU."""
+    folder = after_import(tmp_path_factory.mktemp("kernel"), _KERNEL, _KERNEL_IN_TORCH)
+    return lambda name: [folder] if name == "qwen2_moe" else []
+
+
+@pytest.fixture(scope="session")
+def stock(
+    model: Callable[[str], Path], pythonpath: Callable[[str], list[Path]]
+) -> Callable[..., workloads.Answers]:
+    """Return a function to a stock server's answers at TP=2, by architecture and workloads."""
+    known: dict[str, workloads.Answers] = {}
+
+    def answers(name: str, of: Iterable[str] = tuple(workloads.WORKLOADS)) -> workloads.Answers:
+        found = known.setdefault(name, {})
+        missing = [workload for workload in of if workload not in found]
+        if missing:
+            with Server(model(name), launcher="stock", pythonpath=pythonpath(name)) as server:
+                found.update({each: workloads.run(server, each) for each in missing})
+        return found
+
+    return answers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show the end of the running servers' logs under a failed test."""
+    report = yield
+    if report.failed:
+        for server in Server.running:
+            report.sections.append((f"log of the server on port {server.port}", server.log_tail()))
+    return report
