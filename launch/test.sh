@@ -16,7 +16,7 @@ $bin/ruff check
 $bin/ruff format --check
 $bin/mypy
 shopt -s nullglob
-sources=(cuda/*.cu cuda/*.cuh)
+sources=(cuda/*.cu cuda/*.cuh tests/host/*.h tests/host/*.cuh tests/host/*.cpp)
 if ((${#sources[@]})); then $bin/clang-format --dry-run --Werror "${sources[@]}"; fi
 say "tests"
 exec $bin/python -m pytest "$@"

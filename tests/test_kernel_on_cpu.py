@@ -1,0 +1,303 @@
+"""The kernel's own sources on a CPU: results, memory, lateness, death, and data races.
+
+tests/host/ stands in for CUDA and for cuda/ptx.cuh; every other line is the one that a GPU runs.
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sglang_tokenweave.compiler import source_folder
+from sglang_tokenweave.kernels import Variant, choose_variant
+
+# Bits of a significand, and the exponent of the smallest normal number.
+PRECISION = {"Bf16": (8, -126), "Fp16": (11, -14)}
+DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
+NOBODY = 99
+TIMEOUT_S = 60
+# One warp a group, and two: only the latter exchanges partial sums, by shared memory.
+SMALL = [Variant(e, ranks, 1, 2, 32, 2) for e in DTYPES for ranks in range(2, 9)]
+WIDE = [Variant(e, ranks, 2, 2, 64, stages) for e in DTYPES for ranks, stages in ((2, 3), (4, 1))]
+CHOSEN = [choose_variant(torch.bfloat16, 2, 5120), choose_variant(torch.float16, 4, 1000)]
+RACED = Variant("Bf16", 2, 2, 2, 64, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches of one variant on all ranks; launch i is on channel i % num_channels."""
+
+    variant: Variant
+    hidden: int
+    num_tokens: tuple[int, ...]
+    num_ctas: int = 2
+    num_channels: int = 1
+    has_residual: bool = True
+    weight_offset: float = 0.0
+    dead_rank: int = NOBODY
+    dead_from: int = 0
+    late_rank: int = NOBODY
+    deadline_ms: int = 20_000
+    first_epoch: int = 0
+    seed: int = 0
+    eps: float = 1e-5
+    late_ms: int = 20
+
+    @property
+    def capacity(self) -> int:
+        """Return the rows of x: as many as any launch has, and two that nobody may touch."""
+        return max(self.num_tokens) + 2
+
+    @property
+    def owned_capacity(self) -> int:
+        """Return the rows of a rank's residual: as many as it may own, and two as above."""
+        return -(-max(self.num_tokens) // self.variant.num_ranks) + 2
+
+    def header(self, variant_idx: int) -> bytes:
+        """Return `Case` of tests/host/main.cpp."""
+        return struct.pack(
+            f"<16I2f{len(self.num_tokens)}I",
+            variant_idx,
+            self.variant.num_ranks,
+            self.num_ctas,
+            self.num_channels,
+            len(self.num_tokens),
+            self.capacity,
+            self.owned_capacity,
+            self.hidden,
+            self.has_residual,
+            self.dead_rank,
+            self.dead_from,
+            self.late_rank,
+            self.late_ms,
+            self.deadline_ms,
+            self.first_epoch,
+            self.seed,
+            self.eps,
+            self.weight_offset,
+            *self.num_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Host:
+    """The built program and the variants in it."""
+
+    command: tuple[str, ...]
+    variants: tuple[Variant, ...]
+
+    def run(self, case: Case, *buffers: np.ndarray) -> subprocess.CompletedProcess[bytes]:
+        """Run a case; memory is in `stdout`, messages and reports are in `stderr`."""
+        stdin = case.header(self.variants.index(case.variant)) + b"".join(
+            buffer.tobytes() for buffer in buffers
+        )
+        return subprocess.run(
+            self.command, input=stdin, capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+
+
+def build(folder: Path, variants: list[Variant], *flags: str) -> Host:
+    """Compile the kernel's sources with the shim; tests/host/ptx.cuh takes its namesake's place."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler: install g++ 12 or later, or name one in CXX")
+    for source in (*source_folder().glob("*.cu*"), *Path(__file__).with_name("host").iterdir()):
+        shutil.copy(source, folder)  # in this order
+    (folder / "variants.inc").write_text(
+        "".join(
+            f"{{{v.expression.replace('<', '<Host')}, {v.num_threads}, {v.shared_bytes}}},\n"
+            for v in variants
+        )
+    )
+    # The memory that stands for `extern __shared__` has no constructor to run.
+    flags = ("-std=c++20", "-O1", "-pthread", "-fno-extern-tls-init", *flags)
+    built = subprocess.run(
+        [compiler, *flags, "main.cpp", "-o", "host"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    return Host((str(folder / "host"),), tuple(variants))
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("host"), SMALL + WIDE + CHOSEN)
+
+
+def to_bits(values, element):
+    return torch.tensor(values).to(DTYPES[element]).view(torch.uint16).numpy()
+
+
+def from_bits(bits, element):
+    return torch.tensor(bits).view(DTYPES[element]).to(torch.float32).numpy()
+
+
+def make_buffers(case):
+    """Return the bits of weight, x by launch and rank, and residual by launch and rank."""
+    random = np.random.default_rng(case.seed)
+    v, launches = case.variant, len(case.num_tokens)
+    weight, x, residual = (
+        random.standard_normal(shape, np.float32)
+        for shape in (
+            (case.hidden,),
+            (launches, v.num_ranks, case.capacity, case.hidden),
+            (launches, v.num_ranks, case.owned_capacity, case.hidden),
+        )
+    )
+    # In some columns large parts of two ranks cancel: there, the order of the additions shows.
+    one, other = random.permutation(v.num_ranks)[:2]
+    x[..., ::16] *= 2.0**-10
+    x[:, one, :, ::16] *= 2.0**18
+    x[:, other, :, ::16] = -x[:, one, :, ::16]
+    return [to_bits(values, v.element) for values in (weight, x, residual)]
+
+
+def half_ulp(values, element):
+    digits, least = PRECISION[element]
+    exponent = np.maximum(np.frexp(values)[1] - 1, least)
+    return np.ldexp(0.5, exponent - (digits - 1))
+
+
+def check_launch(case, num_tokens, weight, before, after):
+    """Compare what one launch left with what it should have, and all other rows with its input."""
+    v = case.variant
+    (x, residual), (x_found, residual_found) = before, after
+    share = -(-num_tokens // v.num_ranks)
+    owned = [
+        slice(rank * share, min((rank + 1) * share, num_tokens)) for rank in range(v.num_ranks)
+    ]
+    num_owned = [max(rows.stop - rows.start, 0) for rows in owned]
+    addends = [from_bits(x[rank, :num_tokens], v.element) for rank in range(v.num_ranks)]
+    expected = residual.copy()
+    if case.has_residual:
+        parts = [residual[rank, :rows] for rank, rows in enumerate(num_owned)]
+        addends.append(from_bits(np.concatenate(parts), v.element))
+        bits = to_bits(sum_in_order(addends), v.element)
+        for rank, rows in enumerate(num_owned):
+            expected[rank, :rows] = bits[owned[rank]]
+    np.testing.assert_array_equal(residual_found, expected)
+
+    check_rows(case, addends, weight, from_bits(x_found[0, :num_tokens], v.element))
+    for rank in range(1, v.num_ranks):
+        np.testing.assert_array_equal(x_found[rank, :num_tokens], x_found[0, :num_tokens])
+    np.testing.assert_array_equal(x_found[:, num_tokens:], x[:, num_tokens:])
+
+
+def sum_in_order(addends):
+    """Add in float32, rank 0 first and the residual last: the kernel's sum to the last bit."""
+    total = np.zeros_like(addends[0])
+    for addend in addends:
+        total = total + addend
+    return total
+
+
+def check_rows(case, addends, weight, found):
+    """Compare normalised rows with float64.
+
+    The tolerance: one rounding to the element; those of float32 in the sum, at most 9, each
+    relative to the sum of magnitudes; what they do to the scale; and some 40 relative to the result
+    (squares by thread, warp and group; root; two products).
+    """
+    element = case.variant.element
+    total = np.sum(addends, axis=0, dtype=np.float64)
+    scale = 1 / np.sqrt(np.mean(total**2, axis=1, keepdims=True) + case.eps)
+    gain = case.weight_offset + from_bits(weight, element).astype(np.float64)
+    expected = total * scale * gain
+    sum_error = 9 * 2.0**-24 * np.sum(np.abs(addends), axis=0, dtype=np.float64)
+    scale_error = scale**2 * np.mean(np.abs(total) * sum_error, axis=1, keepdims=True)
+    tolerance = half_ulp(expected, element) + sum_error * scale * np.abs(gain)
+    tolerance += np.abs(expected) * (scale_error + 40 * 2.0**-24)
+    error = np.abs(found - expected)
+    assert np.all(error <= tolerance), f"{np.max(error / tolerance)} of the tolerance"
+
+
+def check(host, case):
+    weight, x, residual = make_buffers(case)
+    done = host.run(case, weight, x, residual)
+    if b"unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer needs a fixed memory layout: allow `setarch -R`")
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    bits = np.frombuffer(done.stdout, np.uint16)
+    before = zip(x, residual, strict=True)
+    after = zip(
+        bits[: x.size].reshape(x.shape), bits[x.size :].reshape(residual.shape), strict=True
+    )
+    for each in zip(case.num_tokens, before, after, strict=True):
+        check_launch(case, each[0], weight, *each[1:])
+
+
+@st.composite
+def cases(draw):
+    variant = draw(st.sampled_from(SMALL + WIDE))
+    most = variant.num_vecs * variant.group_threads
+    return Case(
+        variant,
+        hidden=8 * draw(st.integers(1, most)),
+        num_tokens=tuple(draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))),
+        num_ctas=draw(st.integers(1, 3)),
+        num_channels=draw(st.integers(1, 2)),
+        has_residual=draw(st.booleans()),
+        weight_offset=draw(st.sampled_from([0.0, 1.0])),
+        late_rank=draw(st.sampled_from([NOBODY, 0, variant.num_ranks - 1])),
+        first_epoch=draw(st.sampled_from([0, 2**32 - 3])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(case=cases())
+@example(Case(WIDE[0], hidden=1024, num_tokens=(50, 1, 49, 2), num_ctas=1, late_rank=1))
+def test_agrees_with_float64(host, case):
+    check(host, case)
+
+
+@pytest.mark.parametrize("variant", CHOSEN, ids=lambda v: v.expression)
+def test_variants_that_serve(host, variant):
+    hidden = {2: 5120, 4: 1000}[variant.num_ranks]
+    check(host, Case(variant, hidden=hidden, num_tokens=(13, 3), num_ctas=1))
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2])
+@pytest.mark.parametrize("dead_from", [0, 2])
+def test_a_dead_rank_is_named_by_all_others(host, dead_from, num_ctas):
+    variant = next(v for v in SMALL if v.num_ranks == 4)
+    case = Case(
+        variant, 64, (5, 6, 7), num_ctas, dead_rank=2, dead_from=dead_from, deadline_ms=1000
+    )
+    done = host.run(case, *make_buffers(case))
+    assert done.returncode == 1
+    reports = done.stderr.decode().splitlines()
+    assert sorted(reports) == [
+        f"tokenweave: rank {rank}, CTA {cta} waited 1000 ms for rank 2: "
+        f"epoch {2 * dead_from + 1}, seen {2 * dead_from}"
+        for rank in (0, 1, 3)
+        for cta in range(num_ctas)
+    ]
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sanitized")
+    built = build(folder, [RACED], "-g", "-fsanitize=thread")
+    # ThreadSanitizer's shadow memory does not fit around every randomised layout.
+    fixed = ("setarch", "-R")
+    if not shutil.which("setarch") or subprocess.run([*fixed, "true"], check=False).returncode:
+        fixed = ()
+    return replace(built, command=(*fixed, *built.command))
+
+
+@pytest.mark.parametrize("num_channels", [1, 2])
+def test_only_the_barriers_order_the_ranks(sanitized, num_channels):
+    """Every access to x, residual, epochs and shared memory is ordered, or there is a report."""
+    check(sanitized, Case(RACED, 1024, (9, 1, 10, 9), num_channels=num_channels, late_rank=1))
