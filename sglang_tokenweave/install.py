@@ -18,6 +18,13 @@ from sglang_tokenweave.split import UnsplittableError
 
 logger = logging.getLogger(__name__)
 
+# Options of SGLang's RMSNorm that change what it computes.
+_NORM_VARIANTS = (
+    "fp32_residual",
+    "override_orig_dtype",
+    "variance_size_override",
+    "cast_x_before_out_mul",
+)
 LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
@@ -148,12 +155,8 @@ def _facts(model_runner: Any) -> ModelFacts:
 
 
 def _is_plain(norm: Any) -> bool:
-    return not (
-        norm.fp32_residual
-        or norm.override_orig_dtype
-        or norm.variance_size_override
-        or norm.cast_x_before_out_mul
-    )
+    # A pipeline's stage has a stand-in without these where the norm belongs to another stage.
+    return not any(getattr(norm, name, None) for name in _NORM_VARIANTS)
 
 
 def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
