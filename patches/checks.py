@@ -27,7 +27,7 @@ def check_serve_help(stock: str) -> None:
     spec.loader.exec_module(stock_serve)
 
     # SGLang's other half cannot be imported twice where it fails once, as it does on a CPU.
-    sys.modules["sglang.multimodal_gen.runtime.entrypoints.cli.serve"] = None  # type: ignore[assignment]
+    sys.modules["sglang.multimodal_gen.runtime.entrypoints.cli.serve"] = None  # type: ignore[assignment] # absent on purpose
     sys.argv = ["sglang", "serve", "--help"]
     # In this order, since plugins stay loaded. Once stock shows the flag, drop the patch.
     before = _printed(lambda: stock_serve.serve(None, ["--help"]))
@@ -57,7 +57,7 @@ def check_layer_loop() -> None:
     for kind in kinds:
         _check_loop_of(_bare_model(kind), captures=kind is not MixtralModel)
 
-    class OwnForward(LlamaModel):  # type: ignore[misc]
+    class OwnForward(LlamaModel):  # type: ignore[misc] # SGLang is untyped
         def forward(self) -> None:
             """Ignore any loop."""
 
