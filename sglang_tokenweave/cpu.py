@@ -25,6 +25,9 @@ def environment(tp_size: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # gloo looks the host name up otherwise, which fails on a machine without a network.
         "GLOO_SOCKET_IFNAME": "lo",
+        # A CUDA build of torch brings NCCL, and SGLang would open it on the CPU and fail: this name
+        # is no library, so SGLang goes on without (and says so in its log).
+        "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         # At TP > 1 SGLang would compile with inductor: twice the start-up, and it needs g++.
         "TORCHDYNAMO_DISABLE": "1",
         # SGLang refuses more ranks than NUMA nodes unless each rank's cores are named.
