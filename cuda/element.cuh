@@ -1,4 +1,4 @@
-// The 16-bit element types: two to a word, widened to and rounded from float32.
+// The 16-bit element types: two to a word, widened to and rounded from float32; and FP8 for output.
 #pragma once
 
 #include "ptx.cuh"
@@ -8,25 +8,21 @@ struct Bf16 {
         return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
     }
     static __device__ __forceinline__ u32 round(float low, float high) {
-        u32 pair;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-        return pair;
+        return round_to_bf16x2(low, high);
     }
 };
 
 struct Fp16 {
     static __device__ __forceinline__ float2 widen(u32 pair) {
-        float low, high;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(low) : "h"(static_cast<u16>(pair)));
-        asm("cvt.f32.f16 %0, %1;" : "=f"(high) : "h"(static_cast<u16>(pair >> 16)));
-        return make_float2(low, high);
+        return make_float2(widen_fp16(static_cast<u16>(pair)),
+                           widen_fp16(static_cast<u16>(pair >> 16)));
     }
     static __device__ __forceinline__ u32 round(float low, float high) {
-        u32 pair;
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-        return pair;
+        return round_to_fp16x2(low, high);
     }
 };
+
+constexpr float kLargestE4m3 = 448.0f;
 
 template <typename T>
 __device__ __forceinline__ void add(float (&sum)[8], Vec v) {
@@ -43,5 +39,16 @@ __device__ __forceinline__ Vec round_all(const float (&values)[8]) {
     Vec v;
 #pragma unroll
     for (int i = 0; i < 4; ++i) v.word[i] = T::round(values[2 * i], values[2 * i + 1]);
+    return v;
+}
+
+__device__ __forceinline__ ByteVec round_all_to_e4m3(const float (&values)[8]) {
+    ByteVec v;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float* four = values + 4 * i;
+        v.word[i] = round_to_e4m3x2(four[0], four[1]) |
+                    static_cast<u32>(round_to_e4m3x2(four[2], four[3])) << 16;
+    }
     return v;
 }

@@ -9,6 +9,10 @@ struct alignas(16) Vec {  // 8 elements of 16 bits
     u32 word[4];
 };
 
+struct alignas(8) ByteVec {  // 8 elements of 8 bits
+    u32 word[2];
+};
+
 __device__ __forceinline__ u32 smem_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
@@ -54,14 +58,23 @@ __device__ __forceinline__ void store(Vec* pointer, Vec v) {
                  : "memory");
 }
 
-__device__ __forceinline__ u32 load_acquire_system(const u32* pointer) {
-    u32 value;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+__device__ __forceinline__ void store(ByteVec* pointer, ByteVec v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(v.word[0]), "r"(v.word[1])
+                 : "memory");
+}
+
+__device__ __forceinline__ void store(float* pointer, float value) {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ u64 load_acquire_system(const u64* pointer) {
+    u64 value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
     return value;
 }
 
-__device__ __forceinline__ void store_release_system(u32* pointer, u32 value) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+__device__ __forceinline__ void store_release_system(u64* pointer, u64 value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
 __device__ __forceinline__ u64 nanoseconds() {
@@ -73,4 +86,29 @@ __device__ __forceinline__ u64 nanoseconds() {
 // A barrier of `threads` threads of the CTA; `id` 0 is __syncthreads' own.
 __device__ __forceinline__ void barrier_of(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Roundings are to nearest, ties to even; the first argument lands in the lower half.
+__device__ __forceinline__ u32 round_to_bf16x2(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u32 round_to_fp16x2(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u16 round_to_e4m3x2(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float widen_fp16(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
 }

@@ -53,6 +53,12 @@ def call(name: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def shared_limit_bytes(device: int) -> int:
+    """Return the shared memory that one thread block may have on a device, by ordinal."""
+    limit = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(call("cuDeviceGetAttribute", limit, call("cuDeviceGet", device)))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A loaded kernel and how it is launched."""

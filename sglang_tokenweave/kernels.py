@@ -8,11 +8,18 @@ import torch
 MAX_RANKS = 8
 MAX_CTAS = 128
 RANKS = (2, 4, 6, 8)
-# Of one thread block on sm_90 and sm_100, less what the kernel declares statically.
-SHARED_LIMIT_BYTES = 227 * 1024 - 1024
+SHARED_LIMIT_BYTES = 227 * 1024  # of one thread block on sm_90 and sm_100; 99 KiB on sm_120
+_STATIC_BYTES = 1024  # what the kernel declares itself, and more
+FP8 = torch.float8_e4m3fn
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
-_CTA_THREADS = 512  # 128 registers a thread: a row's float32 sums stay in registers
+_WARP_THREADS = 32
+_MAX_GROUPS = 8
+_MAX_STAGES = 16  # more are never under way: latency times bandwidth is less
+# Vecs per thread and threads per block: a row's float32 sums stay in registers, of which a thread
+# has 64 or 128. What the fabric adds arrives in registers too, so multicast needs more; so does the
+# code for GPUs with little shared memory, which are of another architecture.
+_MANY_THREADS, _MANY_REGISTERS = (2, 1024), (4, 512)
 
 
 class Params(ctypes.Structure):
@@ -23,7 +30,10 @@ class Params(ctypes.Structure):
         ("epochs", ctypes.c_uint64),
         ("deadline_ns", ctypes.c_uint64),
         ("rank", ctypes.c_uint32),
+        ("digest", ctypes.c_uint32),
         ("x", ctypes.c_uint64 * MAX_RANKS),
+        ("out", ctypes.c_uint64 * MAX_RANKS),
+        ("scales", ctypes.c_uint64 * MAX_RANKS),
         ("residual", ctypes.c_uint64),
         ("weight", ctypes.c_uint64),
         ("eps", ctypes.c_float),
@@ -42,19 +52,19 @@ class Variant:
     num_vecs: int  # of 8 elements, per thread and row
     num_groups: int  # of threads; each works on a row of its own
     group_threads: int
-    num_stages: int  # rows that a group fetches ahead
+    num_stages: int  # pieces of rows that a group fetches ahead
+    is_multicast: bool = False
+    is_fp8: bool = False  # the result; what comes in is of `element`
 
     @property
     def expression(self) -> str:
         """Return the name of the instantiation in C++."""
-        numbers = (
-            self.num_ranks,
-            self.num_vecs,
-            self.num_groups,
-            self.group_threads,
-            self.num_stages,
+        transport = f"{'Multicast' if self.is_multicast else 'Peer'}<{self.num_ranks}>"
+        numbers = (self.num_vecs, self.num_groups, self.group_threads, self.num_stages)
+        return (
+            f"allreduce_rmsnorm<{self.element}, {transport}, {self.num_ranks}, "
+            f"{str(self.is_fp8).lower()}, {', '.join(map(str, numbers))}>"
         )
-        return f"allreduce_rmsnorm<{self.element}, {', '.join(map(str, numbers))}>"
 
     @property
     def num_threads(self) -> int:
@@ -62,14 +72,33 @@ class Variant:
         return self.num_groups * self.group_threads
 
     @property
+    def stage_bytes(self) -> int:
+        """Return what one piece takes of a group's shared memory: one addend of one row."""
+        return self.num_vecs * self.group_threads * _VEC_ELEMENTS * 2
+
+    @property
     def shared_bytes(self) -> int:
-        """Return the dynamic shared memory of a block: partial and residual rows, by stage."""
-        row_bytes = self.num_vecs * self.group_threads * _VEC_ELEMENTS * 2
-        return self.num_groups * self.num_stages * (self.num_ranks + 1) * row_bytes
+        """Return the dynamic shared memory of a block."""
+        return self.num_groups * self.num_stages * self.stage_bytes
 
 
-def choose_variant(dtype: torch.dtype, num_ranks: int, hidden_size: int) -> Variant:
-    """Return the variant for a shape: as many rows in flight as shared memory holds.
+def choose_variant(
+    dtype: torch.dtype,
+    num_ranks: int,
+    hidden_size: int,
+    *,
+    is_multicast: bool = False,
+    is_fp8: bool = False,
+    has_one_group: bool = False,
+    shared_limit_bytes: int = SHARED_LIMIT_BYTES,
+) -> Variant:
+    """Return the variant for a shape: as many pieces in flight as shared memory holds.
+
+    Args:
+        dtype: of what comes in.
+        is_fp8: the result is FP8.
+        has_one_group: for batches of at most one row per block, which smaller blocks do faster.
+        shared_limit_bytes: what a thread block may have on the device.
 
     Raises:
         ValueError: naming what came and what is allowed.
@@ -80,17 +109,22 @@ def choose_variant(dtype: torch.dtype, num_ranks: int, hidden_size: int) -> Vari
         raise ValueError(f"{num_ranks} ranks: the kernel is built for {RANKS}")
     if hidden_size % _VEC_ELEMENTS or not 0 < hidden_size <= 16384:
         raise ValueError(f"hidden_size {hidden_size}: it must be a multiple of 8 up to 16384")
-    vecs = hidden_size // _VEC_ELEMENTS
-    group_threads = next(threads for threads in (128, 256, 512) if vecs <= 4 * threads)
-    num_vecs = -(-vecs // group_threads)
-    most = _CTA_THREADS // group_threads
-    for num_stages, num_groups in ((2, most), (1, most), (1, max(most // 2, 1))):
-        variant = Variant(
-            _ELEMENTS[dtype], num_ranks, num_vecs, num_groups, group_threads, num_stages
-        )
-        if variant.shared_bytes <= SHARED_LIMIT_BYTES:
-            return variant
-    raise ValueError(
-        f"hidden_size {hidden_size} on {num_ranks} ranks: one row of all ranks does not fit into "
-        f"{SHARED_LIMIT_BYTES} bytes of shared memory"
+    needs_registers = is_multicast or shared_limit_bytes < SHARED_LIMIT_BYTES
+    num_vecs, cta_threads = _MANY_REGISTERS if needs_registers else _MANY_THREADS
+    vecs_per_warp = num_vecs * _WARP_THREADS
+    group_threads = -(-(hidden_size // _VEC_ELEMENTS) // vecs_per_warp) * _WARP_THREADS
+    num_groups = 1 if has_one_group else min(cta_threads // group_threads, _MAX_GROUPS)
+    stage_bytes = num_groups * num_vecs * group_threads * _VEC_ELEMENTS * 2
+    # Where the fabric adds, only the residual's pieces are fetched: two rows ahead are enough.
+    most = 2 if is_multicast else _MAX_STAGES
+    num_stages = min(most, (shared_limit_bytes - _STATIC_BYTES) // stage_bytes)
+    return Variant(
+        _ELEMENTS[dtype],
+        num_ranks,
+        num_vecs,
+        num_groups,
+        group_threads,
+        num_stages,
+        is_multicast,
+        is_fp8,
     )

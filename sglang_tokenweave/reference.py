@@ -15,6 +15,8 @@ from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricB
 
 DEADLINE = timedelta(seconds=120)  # for one collective; a dead peer is noticed at once by gloo
 
+LARGEST_E4M3 = 448.0
+
 
 def rmsnorm(
     x: torch.Tensor,
@@ -39,6 +41,19 @@ def rmsnorm(
     scale = torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + eps)
     gain = weight if weight_offset == 0.0 else weight.to(torch.float32) + weight_offset
     return (total * scale * gain).to(weight.dtype), total.to(weight.dtype)
+
+
+def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rows` in FP8 (e4m3) and one float32 scale a row: its largest magnitude / 448.
+
+    Args:
+        rows: `[num_tokens, hidden_size]`; a row times its scale is the row again.
+    """
+    values = rows.to(torch.float32)
+    largest = values.abs().amax(dim=-1)
+    factor = torch.where(largest > 0, LARGEST_E4M3 / largest, 0.0)
+    quantized = (values * factor[:, None]).clamp(-LARGEST_E4M3, LARGEST_E4M3)
+    return quantized.to(torch.float8_e4m3fn), largest / LARGEST_E4M3
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,9 @@ class ReferenceTransport:
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate ordinary memory: this transport sends copies."""
-        return SymmetricBuffer(torch.zeros(capacity, hidden_size, dtype=dtype, device=self._device))
+        rows = torch.zeros(capacity, hidden_size, dtype=dtype, device=self._device)
+        is_fp8 = dtype == torch.float8_e4m3fn
+        return SymmetricBuffer(rows, torch.zeros(capacity, device=self._device) if is_fp8 else None)
 
     def allreduce_rmsnorm(
         self,
@@ -87,11 +104,12 @@ class ReferenceTransport:
         ctas: int,
         beside: bool,
         weight_offset: float = 0.0,
+        out: Slot | None = None,
     ) -> Pending:
         """See `Transport.allreduce_rmsnorm`."""
 
         def run() -> None:
-            self._run(slot, residual, weight, eps, weight_offset)
+            self._run(slot, residual, weight, eps, weight_offset, slot if out is None else out)
 
         pending = self._on_thread(run) if self._worker else self._on_stream(run)
         if not beside:
@@ -127,6 +145,7 @@ class ReferenceTransport:
         weight: torch.Tensor,
         eps: float,
         weight_offset: float,
+        out: Slot,
     ) -> None:
         mine = self._reduce_scatter(slot)
         owned = slot.owned_rows(self.rank, self.world_size)
@@ -134,7 +153,13 @@ class ReferenceTransport:
         normalised, total = rmsnorm(mine[:num_owned], residual, weight, eps, weight_offset)
         if residual is not None:
             residual.copy_(total)
-        self._all_gather(normalised, slot)
+        if out.scales is None:
+            self._all_gather(normalised, out.tensor)
+            return
+        rows, scales = quantize(normalised)
+        # As bytes: not every backend moves FP8.
+        self._all_gather(rows.view(torch.uint8), out.tensor.view(torch.uint8))
+        self._all_gather(scales[:, None], out.scales[:, None])
 
     def _reduce_scatter(self, slot: Slot) -> torch.Tensor:
         """Return the float32 sums `[share, hidden_size]` of this rank's rows, in rank order."""
@@ -151,10 +176,10 @@ class ReferenceTransport:
             total = total + ranks[rank]
         return total
 
-    def _all_gather(self, normalised: torch.Tensor, slot: Slot) -> None:
-        share = -(-slot.num_tokens // self.world_size)
-        padded = normalised.new_zeros(share, normalised.shape[1])
-        padded[: normalised.shape[0]] = normalised
+    def _all_gather(self, own: torch.Tensor, out: torch.Tensor) -> None:
+        share = -(-out.shape[0] // self.world_size)
+        padded = own.new_zeros(share, own.shape[1])
+        padded[: own.shape[0]] = own
         gathered = padded.new_empty(self.world_size, share, padded.shape[1])
         dist.all_gather(list(gathered), padded, group=self._group)
-        slot.tensor.copy_(gathered.flatten(0, 1)[: slot.num_tokens])
+        out.copy_(gathered.flatten(0, 1)[: out.shape[0]])

@@ -15,6 +15,7 @@ class Slot:
     """
 
     tensor: torch.Tensor  # [num_tokens, hidden_size], a view of the buffer
+    scales: torch.Tensor | None = None  # of FP8 rows: [num_tokens] float32, one factor a row
 
     @property
     def num_tokens(self) -> int:
@@ -35,6 +36,7 @@ class SymmetricBuffer:
     """Memory of the same size on every rank, reachable by all of them."""
 
     tensor: torch.Tensor  # [capacity, hidden_size]
+    scales: torch.Tensor | None = None  # of an FP8 buffer: [capacity] float32
 
     @property
     def capacity(self) -> int:
@@ -48,7 +50,8 @@ class SymmetricBuffer:
         """
         if not 0 <= start < stop <= self.capacity:
             raise ValueError(f"rows {start}:{stop} are outside the buffer's 0:{self.capacity}")
-        return Slot(self.tensor[start:stop])
+        scales = None if self.scales is None else self.scales[start:stop]
+        return Slot(self.tensor[start:stop], scales)
 
 
 class Pending(Protocol):
@@ -84,7 +87,11 @@ class Transport(Protocol):
     world_size: int
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
-        """Allocate a buffer of `capacity` rows; a collective call."""
+        """Allocate a buffer of `capacity` rows; a collective call.
+
+        Args:
+            dtype: of partial sums and results, or `torch.float8_e4m3fn` for quantized results.
+        """
 
     def allreduce_rmsnorm(
         self,
@@ -96,20 +103,23 @@ class Transport(Protocol):
         ctas: int,
         beside: bool,
         weight_offset: float = 0.0,
+        out: Slot | None = None,
     ) -> Pending:
-        """Start: slot := RMSNorm(sum over ranks of slot + residual) * (weight_offset + weight).
+        """Start: out := RMSNorm(sum over ranks of slot + residual) * (weight_offset + weight).
 
         The sum runs in float32 in rank order, so that all ranks hold the same bits. TokenWeave
         (arXiv 2505.11329), section "fused AllReduce-RMSNorm".
 
         Args:
-            slot: `[num_tokens, hidden_size]`; this rank's partial sums, replaced by the result.
+            slot: `[num_tokens, hidden_size]`; this rank's partial sums.
             residual: `[rows this rank owns, hidden_size]`, replaced by the sum; None: no residual.
             weight: `[hidden_size]`.
             eps: added to the mean of squares.
             ctas: thread blocks the op may occupy; ignored where it occupies none.
             beside: run beside the caller's next computation; otherwise in line with it.
             weight_offset: 1.0 for norms that store their weight less one (Gemma).
+            out: where the result goes, the same rows of another buffer; None: it replaces `slot`.
+                FP8 rows are quantized each with a scale of its own, its largest magnitude / 448.
         """
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class Model:
     reached: Callable[[int, int, int], bool] | None = None  # of seen, epoch, modulus
     resets: bool = False  # a rank clears its pad's entry as it observes it
     stores_first: bool = False  # leaves once its own stores are done: no waiting at all
+    compares_at_exit: bool = False  # the digests of the arguments, which it does at the entry only
 
     def has_reached(self, seen: int, epoch: int) -> bool:
         """Compare as the device does: the sign of the wrapped difference."""
@@ -89,8 +90,16 @@ def steps(model: Model, state: State) -> Iterator[State]:
                 entry = pads[rank][peer]
                 wrapped = (model.first_epoch + entry) % modulus
                 if model.has_reached(wrapped, (model.first_epoch + epoch) % modulus):
+                    if meet % 2 == 0 or model.compares_at_exit:
+                        check_digest(rank, meet, entry)
                     changed = advance(model, ranks, rank, stored, seen | bit)
                     yield tuple(changed), with_pad(pads, rank, peer, 0) if model.resets else pads
+
+
+def check_digest(rank: int, meet: int, entry: int) -> None:
+    """The digest beside an epoch is that of its launch: to be compared, it must be the same."""
+    if (entry - 1) // 2 != meet // 2:
+        raise Broken(f"rank {rank} in launch {meet // 2} compares digests with epoch {entry}")
 
 
 def explore(model: Model) -> int:
@@ -139,13 +148,17 @@ def test_epochs_that_meet_differ_by_one_so_two_bits_are_enough():
     [
         ({"reached": lambda seen, epoch, _: seen == epoch}, "nobody can go on"),
         ({"reached": lambda seen, epoch, _: seen >= epoch}, "before all had entered"),
-        ({"reached": lambda seen, epoch, _: seen > epoch - 2}, "before all had entered"),
+        (
+            {"reached": lambda seen, epoch, _: seen > epoch - 2},
+            "before all had entered|compares digests",
+        ),
         ({"resets": True}, "nobody can go on"),
         ({"stores_first": True}, "before all had entered"),
+        ({"compares_at_exit": True, "num_meets": 4}, "compares digests"),
     ],
-    ids=["equal", "unsigned", "off by one", "resets the pad", "does not wait"],
+    ids=["equal", "unsigned", "off by one", "resets the pad", "does not wait", "digest at exit"],
 )
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_model_finds(num_ranks, bug, broken):
     with pytest.raises(Broken, match=broken):
-        explore(Model(num_ranks, 2, epoch_bits=3, first_epoch=6, **bug))
+        explore(Model(num_ranks, **{"num_meets": 2, "epoch_bits": 3, "first_epoch": 6, **bug}))

@@ -20,15 +20,30 @@ from sglang_tokenweave.compiler import source_folder
 from sglang_tokenweave.kernels import Variant, choose_variant
 
 # Bits of a significand, and the exponent of the smallest normal number.
-PRECISION = {"Bf16": (8, -126), "Fp16": (11, -14)}
+PRECISION = {"Bf16": (8, -126), "Fp16": (11, -14), "E4m3": (4, -6)}
 DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
+LARGEST_E4M3 = 448
 NOBODY = 99
 TIMEOUT_S = 60
 # One warp a group, and two: only the latter exchanges partial sums, by shared memory.
-SMALL = [Variant(e, ranks, 1, 2, 32, 2) for e in DTYPES for ranks in range(2, 9)]
-WIDE = [Variant(e, ranks, 2, 2, 64, stages) for e in DTYPES for ranks, stages in ((2, 3), (4, 1))]
-CHOSEN = [choose_variant(torch.bfloat16, 2, 5120), choose_variant(torch.float16, 4, 1000)]
-RACED = Variant("Bf16", 2, 2, 2, 64, 2)
+ELEMENTS = tuple(DTYPES)
+SMALL = [
+    Variant(ELEMENTS[(i + is_multicast) % 2], ranks, 1, 2, 32, 2, is_multicast, is_fp8)
+    for i, ranks in enumerate((2, 4, 6, 8))
+    for is_multicast, is_fp8 in ((False, False), (True, True))
+]
+# Fewer pieces in flight than a row has, and more.
+WIDE = [
+    Variant("Fp16", 2, 2, 2, 64, 7, False, True),
+    Variant("Bf16", 4, 2, 2, 64, 1),
+    Variant("Bf16", 8, 2, 2, 64, 2, True, False),
+]
+CHOSEN = [
+    choose_variant(torch.bfloat16, 2, 5120),
+    choose_variant(torch.float16, 4, 1000, has_one_group=True),
+    choose_variant(torch.bfloat16, 8, 4096, is_multicast=True, is_fp8=True),
+]
+RACED = [Variant("Bf16", 2, 2, 2, 64, 2, *flags) for flags in ((False, True), (True, False))]
 
 
 @dataclass(frozen=True)
@@ -41,15 +56,22 @@ class Case:
     num_ctas: int = 2
     num_channels: int = 1
     has_residual: bool = True
+    is_in_place: bool = True
     weight_offset: float = 0.0
     dead_rank: int = NOBODY
     dead_from: int = 0
     late_rank: int = NOBODY
+    other_rank: int = NOBODY
     deadline_ms: int = 20_000
     first_epoch: int = 0
     seed: int = 0
     eps: float = 1e-5
     late_ms: int = 20
+
+    @property
+    def is_written_in_place(self) -> bool:
+        """Return whether the result replaces x."""
+        return self.is_in_place and not self.variant.is_fp8
 
     @property
     def capacity(self) -> int:
@@ -64,7 +86,7 @@ class Case:
     def header(self, variant_idx: int) -> bytes:
         """Return `Case` of tests/host/main.cpp."""
         return struct.pack(
-            f"<16I2f{len(self.num_tokens)}I",
+            f"<19I2f{len(self.num_tokens)}I",
             variant_idx,
             self.variant.num_ranks,
             self.num_ctas,
@@ -74,10 +96,13 @@ class Case:
             self.owned_capacity,
             self.hidden,
             self.has_residual,
+            self.is_written_in_place,
             self.dead_rank,
             self.dead_from,
             self.late_rank,
             self.late_ms,
+            self.other_rank,
+            2,  # its digest; that of the others is 1
             self.deadline_ms,
             self.first_epoch,
             self.seed,
@@ -105,7 +130,7 @@ class Host:
 
 
 def build(folder: Path, variants: list[Variant], *flags: str) -> Host:
-    """Compile the kernel's sources with the shim; tests/host/ptx.cuh takes its namesake's place."""
+    """Compile the kernel's sources with the shim, whose files take their namesakes' place."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler: install g++ 12 or later, or name one in CXX")
@@ -113,7 +138,8 @@ def build(folder: Path, variants: list[Variant], *flags: str) -> Host:
         shutil.copy(source, folder)  # in this order
     (folder / "variants.inc").write_text(
         "".join(
-            f"{{{v.expression.replace('<', '<Host')}, {v.num_threads}, {v.shared_bytes}}},\n"
+            f"{{{v.expression}, {v.num_threads}, {v.shared_bytes}, "
+            f"{v.is_multicast:d}, {v.is_fp8:d}}},\n"
             for v in variants
         )
     )
@@ -140,7 +166,8 @@ def to_bits(values, element):
 
 
 def from_bits(bits, element):
-    return torch.tensor(bits).view(DTYPES[element]).to(torch.float32).numpy()
+    dtype = torch.float8_e4m3fn if element == "E4m3" else DTYPES[element]
+    return torch.tensor(bits).view(dtype).to(torch.float32).numpy()
 
 
 def make_buffers(case):
@@ -172,13 +199,20 @@ def half_ulp(values, element):
 def check_launch(case, num_tokens, weight, before, after):
     """Compare what one launch left with what it should have, and all other rows with its input."""
     v = case.variant
-    (x, residual), (x_found, residual_found) = before, after
+    (x, residual), (x_found, residual_found, out, scales) = before, after
+    if case.is_written_in_place:
+        out = x_found
+    elif v.is_fp8:
+        halves = out.view(np.uint8).reshape(v.num_ranks, 2, *x.shape[1:])
+        out = halves[:, 0]  # the memory is for rows of two bytes an element
     share = -(-num_tokens // v.num_ranks)
     owned = [
         slice(rank * share, min((rank + 1) * share, num_tokens)) for rank in range(v.num_ranks)
     ]
     num_owned = [max(rows.stop - rows.start, 0) for rows in owned]
     addends = [from_bits(x[rank, :num_tokens], v.element) for rank in range(v.num_ranks)]
+    if v.is_multicast:  # the switch rounds what it added
+        addends = [from_bits(to_bits(sum_in_order(addends), v.element), v.element)]
     expected = residual.copy()
     if case.has_residual:
         parts = [residual[rank, :rows] for rank, rows in enumerate(num_owned)]
@@ -188,10 +222,18 @@ def check_launch(case, num_tokens, weight, before, after):
             expected[rank, :rows] = bits[owned[rank]]
     np.testing.assert_array_equal(residual_found, expected)
 
-    check_rows(case, addends, weight, from_bits(x_found[0, :num_tokens], v.element))
-    for rank in range(1, v.num_ranks):
-        np.testing.assert_array_equal(x_found[rank, :num_tokens], x_found[0, :num_tokens])
-    np.testing.assert_array_equal(x_found[:, num_tokens:], x[:, num_tokens:])
+    rows = slice(0, num_tokens)
+    for rank in range(1, v.num_ranks):  # all ranks hold the same bits
+        np.testing.assert_array_equal(out[rank, rows], out[0, rows])
+        np.testing.assert_array_equal(scales[rank, rows], scales[0, rows])
+    found = from_bits(out[0, rows], "E4m3" if v.is_fp8 else v.element)
+    check_rows(case, addends, weight, found, scales[0, rows, None] if v.is_fp8 else None)
+    if case.is_written_in_place:
+        np.testing.assert_array_equal(out[:, num_tokens:], x[:, num_tokens:])
+    else:
+        np.testing.assert_array_equal(x_found, x)
+        assert np.all(out[:, num_tokens:].view(np.uint8) >= 0xC1)  # as they were, a NaN each
+    assert np.all(scales[:, num_tokens if v.is_fp8 else 0 :] == -1)
 
 
 def sum_in_order(addends):
@@ -202,12 +244,13 @@ def sum_in_order(addends):
     return total
 
 
-def check_rows(case, addends, weight, found):
-    """Compare normalised rows with float64.
+def check_rows(case, addends, weight, found, unit):
+    """Compare normalised rows with float64; `unit` is the scale of FP8 rows, or None.
 
     The tolerance: one rounding to the element; those of float32 in the sum, at most 9, each
     relative to the sum of magnitudes; what they do to the scale; and some 40 relative to the result
-    (squares by thread, warp and group; root; two products).
+    (squares by thread, warp and group; root; two products). The unit has the same, without the
+    first.
     """
     element = case.variant.element
     total = np.sum(addends, axis=0, dtype=np.float64)
@@ -216,8 +259,17 @@ def check_rows(case, addends, weight, found):
     expected = total * scale * gain
     sum_error = 9 * 2.0**-24 * np.sum(np.abs(addends), axis=0, dtype=np.float64)
     scale_error = scale**2 * np.mean(np.abs(total) * sum_error, axis=1, keepdims=True)
-    tolerance = half_ulp(expected, element) + sum_error * scale * np.abs(gain)
-    tolerance += np.abs(expected) * (scale_error + 40 * 2.0**-24)
+    tolerance = sum_error * scale * np.abs(gain) + np.abs(expected) * (scale_error + 40 * 2.0**-24)
+    if unit is None:
+        compare(found, expected, tolerance + half_ulp(expected, element))
+        return
+    largest = np.max(np.abs(expected), axis=1, keepdims=True)
+    compare(unit * LARGEST_E4M3, largest, np.max(tolerance, axis=1, keepdims=True))
+    rounding = unit * half_ulp(expected / unit, "E4m3")
+    compare(found * unit.astype(np.float64), expected, tolerance + rounding)
+
+
+def compare(found, expected, tolerance):
     error = np.abs(found - expected)
     assert np.all(error <= tolerance), f"{np.max(error / tolerance)} of the tolerance"
 
@@ -228,11 +280,15 @@ def check(host, case):
     if b"unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer needs a fixed memory layout: allow `setarch -R`")
     assert done.returncode == 0, done.stderr.decode()[-4000:]
-    bits = np.frombuffer(done.stdout, np.uint16)
-    before = zip(x, residual, strict=True)
-    after = zip(
-        bits[: x.size].reshape(x.shape), bits[x.size :].reshape(residual.shape), strict=True
+    sizes = np.cumsum([x.size, residual.size, x.size]) * 2
+    memory = np.split(np.frombuffer(done.stdout, np.uint8), sizes)
+    x_found, residual_found, out = (
+        part.view(np.uint16).reshape(shape)
+        for part, shape in zip(memory, (x.shape, residual.shape, x.shape), strict=False)
     )
+    scales = memory[3].view(np.float32).reshape(x.shape[:3])
+    before = zip(x, residual, strict=True)
+    after = zip(x_found, residual_found, out, scales, strict=True)
     for each in zip(case.num_tokens, before, after, strict=True):
         check_launch(case, each[0], weight, *each[1:])
 
@@ -248,6 +304,7 @@ def cases(draw):
         num_ctas=draw(st.integers(1, 3)),
         num_channels=draw(st.integers(1, 2)),
         has_residual=draw(st.booleans()),
+        is_in_place=draw(st.booleans()),
         weight_offset=draw(st.sampled_from([0.0, 1.0])),
         late_rank=draw(st.sampled_from([NOBODY, 0, variant.num_ranks - 1])),
         first_epoch=draw(st.sampled_from([0, 2**32 - 3])),
@@ -264,7 +321,7 @@ def test_agrees_with_float64(host, case):
 
 @pytest.mark.parametrize("variant", CHOSEN, ids=lambda v: v.expression)
 def test_variants_that_serve(host, variant):
-    hidden = {2: 5120, 4: 1000}[variant.num_ranks]
+    hidden = {2: 5120, 4: 1000, 8: 4096}[variant.num_ranks]
     check(host, Case(variant, hidden=hidden, num_tokens=(13, 3), num_ctas=1))
 
 
@@ -286,10 +343,22 @@ def test_a_dead_rank_is_named_by_all_others(host, dead_from, num_ctas):
     ]
 
 
+def test_ranks_with_other_arguments_stop_before_they_touch_anything(host):
+    variant = next(v for v in SMALL if v.num_ranks == 4)
+    case = Case(variant, 64, (5,), num_ctas=1, other_rank=2, deadline_ms=1000)
+    done = host.run(case, *make_buffers(case))
+    assert done.returncode == 1
+    reports = done.stderr.decode().splitlines()
+    # Who sees it first may be gone before the others' second wait: they name it by its silence.
+    named = [line for line in reports if "runs the op with other arguments" in line]
+    assert {line.partition(", CTA 0: rank ")[2][0] for line in named} >= {"2"}
+    assert all("rank 2, CTA 0:" in line or "CTA 0: rank 2 runs" in line for line in named)
+
+
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sanitized")
-    built = build(folder, [RACED], "-g", "-fsanitize=thread")
+    built = build(folder, RACED, "-g", "-fsanitize=thread")
     # ThreadSanitizer's shadow memory does not fit around every randomised layout.
     fixed = ("setarch", "-R")
     if not shutil.which("setarch") or subprocess.run([*fixed, "true"], check=False).returncode:
@@ -297,7 +366,8 @@ def sanitized(tmp_path_factory):
     return replace(built, command=(*fixed, *built.command))
 
 
+@pytest.mark.parametrize("variant", RACED, ids=lambda v: v.expression)
 @pytest.mark.parametrize("num_channels", [1, 2])
-def test_only_the_barriers_order_the_ranks(sanitized, num_channels):
+def test_only_the_barriers_order_the_ranks(sanitized, num_channels, variant):
     """Every access to x, residual, epochs and shared memory is ordered, or there is a report."""
-    check(sanitized, Case(RACED, 1024, (9, 1, 10, 9), num_channels=num_channels, late_rank=1))
+    check(sanitized, Case(variant, 1024, (9, 1, 10, 9), num_channels=num_channels, late_rank=1))

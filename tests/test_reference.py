@@ -78,6 +78,35 @@ def test_matches_float64(world_size, dtype):
                 torch.testing.assert_close(shard.double(), total[rows], **tolerance)
 
 
+def _quantized(rank, dtype):
+    transport = ReferenceTransport.create(torch.device("cpu"))
+    slot = transport.allocate(8, HIDDEN, dtype).slot(0, 7)
+    out = transport.allocate(8, HIDDEN, torch.float8_e4m3fn).slot(0, 7)
+    plain = transport.allocate(8, HIDDEN, dtype).slot(0, 7)
+    partials = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    partials[:, 3] = 0  # a row of zeros has the scale 0
+    weight = torch.ones(HIDDEN, dtype=dtype)
+    for into in (plain, out):
+        slot.tensor.copy_(partials[rank])
+        arguments = (slot, None, weight, EPS)
+        transport.allreduce_rmsnorm(*arguments, ctas=2, beside=True, out=into).wait()
+    transport.close()
+    return plain.tensor, out.tensor.float(), out.scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_result_can_go_to_another_buffer_and_be_quantized(dtype):
+    ranks = run_ranks(_quantized, 2, dtype)
+    plain, rows, scales = ranks[0]
+    largest = plain.float().abs().amax(-1)
+    torch.testing.assert_close(scales, largest / 448)
+    assert torch.all(rows[3] == 0)
+    # Three bits of fraction: half a unit of them is 1/16; near zero, half of the smallest, 2^-9.
+    allowed = (rows.abs() / 16).clamp_min(2.0**-10) * scales[:, None]
+    assert torch.all((rows * scales[:, None] - plain.float()).abs() <= allowed * 1.001)
+    assert all(torch.equal(a, b) for a, b in zip(ranks[0], ranks[1], strict=True))
+
+
 def _read_early(rank):
     transport = ReferenceTransport.create(torch.device("cpu"))
     slot = transport.allocate(8, HIDDEN, torch.float32).slot(0, 8)

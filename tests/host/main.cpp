@@ -9,27 +9,9 @@
 
 namespace {
 
-// The roundings of element.cuh are inline assembly; nothing here uses, hence assembles, them.
-struct HostBf16 : Bf16 {
-    static u32 round(float low, float high) { return half(low) | half(high) << 16; }
-    static u32 half(float value) {  // to nearest, ties to even
-        u32 bits = std::bit_cast<u32>(value);
-        return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    }
-};
-
-struct HostFp16 {
-    static float2 widen(u32 pair) {
-        return {std::bit_cast<_Float16>(static_cast<u16>(pair)),
-                std::bit_cast<_Float16>(static_cast<u16>(pair >> 16))};
-    }
-    static u32 round(float low, float high) { return half(low) | half(high) << 16; }
-    static u32 half(float value) { return std::bit_cast<u16>(static_cast<_Float16>(value)); }
-};
-
 struct Variant {
     void (*kernel)(Params);
-    u32 num_threads, shared_bytes;
+    u32 num_threads, shared_bytes, is_multicast, is_fp8;
 };
 const Variant kVariants[] = {
 #include "variants.inc"
@@ -38,16 +20,25 @@ const Variant kVariants[] = {
 struct Case {
     u32 variant, num_ranks, num_ctas, num_channels, num_launches;
     u32 capacity, owned_capacity;  // rows of x and of residual, with some that no launch may touch
-    u32 hidden, has_residual;
-    u32 dead_rank, dead_from;  // from this launch on, that rank is gone
-    u32 late_rank, late_ms;    // before each launch
+    u32 hidden, has_residual, is_in_place;
+    u32 dead_rank, dead_from;      // from this launch on, that rank is gone
+    u32 late_rank, late_ms;        // before each launch
+    u32 other_rank, other_digest;  // has other arguments than the rest
     u32 deadline_ms, first_epoch, seed;
     float eps, weight_offset;
 };
 
 struct Rank {
-    std::vector<Vec> x;
-    std::vector<u32> signals, epochs;
+    std::vector<Vec> x, out;
+    std::vector<float> scales;
+    std::vector<u64> signals;
+    std::vector<u32> epochs;
+};
+
+// What the ranks of one channel share, and where it is as one address.
+struct Channel {
+    std::vector<Rank> ranks;
+    char *x = nullptr, *out = nullptr, *scales = nullptr;
 };
 
 struct Launch {
@@ -56,12 +47,14 @@ struct Launch {
 };
 
 Case c;
-std::vector<u32> num_tokens;           // [launch]
-std::vector<Vec> weight, x, residual;  // [hidden]; [launch][rank][capacity][hidden]; likewise
+std::vector<u32> num_tokens;                // [launch]
+std::vector<Vec> weight, x, residual, out;  // [hidden]; [launch][rank][capacity][hidden]; likewise
+std::vector<float> scales;                  // [launch][rank][capacity]
 std::atomic<bool> is_trapped = false;
 
 constexpr int kSharedVecs = 228 * 1024 / sizeof(Vec);
 constexpr u32 kUnwritten = 0xffc1ffc1;  // a NaN in either type
+constexpr Vec kUnwrittenVec = {{kUnwritten, kUnwritten, kUnwritten, kUnwritten}};
 
 }  // namespace
 
@@ -72,7 +65,7 @@ namespace {
 bool run_cta(const Launch& launch, u32 cta, u32 seed) {
     blockIdx.x = cta;
     gridDim.x = c.num_ctas;
-    for (Vec& v : shared) std::fill_n(v.word, 4, kUnwritten);
+    std::fill_n(shared, kSharedVecs, kUnwrittenVec);
     auto enter = [](const void* argument) {
         const auto* launch = static_cast<const Launch*>(argument);
         launch->variant.kernel(launch->params);
@@ -97,34 +90,82 @@ bool run_grid(const Launch& launch, u32 seed) {
     return is_complete;
 }
 
-void run_stream(std::vector<Rank>& ranks, u32 rank, u32 channel) {
+// The addresses of a buffer as the kernel takes them: of every rank, or the multicast one.
+template <typename To, typename Vector>
+void address(To** addresses, char* multicast, std::vector<Rank>& ranks, Vector Rank::* buffer) {
+    for (u32 peer = 0; peer < (multicast ? 1 : c.num_ranks); ++peer) {
+        void* memory = multicast ? multicast : static_cast<void*>((ranks[peer].*buffer).data());
+        addresses[peer] = static_cast<To*>(memory);
+    }
+}
+
+Params arguments(Channel& channel, u32 rank, u32 launch, Vec* kept) {
+    Params p{};
+    for (u32 peer = 0; peer < c.num_ranks; ++peer)
+        p.barrier.signals[peer] = channel.ranks[peer].signals.data();
+    p.barrier.epochs = channel.ranks[rank].epochs.data();
+    p.barrier.deadline_ns = c.deadline_ms * 1'000'000ull;
+    p.barrier.rank = rank;
+    p.barrier.digest = rank == c.other_rank ? c.other_digest : 1;
+    address(p.x, channel.x, channel.ranks, &Rank::x);
+    if (c.is_in_place)
+        address(p.out, channel.x, channel.ranks, &Rank::x);
+    else
+        address(p.out, channel.out, channel.ranks, &Rank::out);
+    address(p.scales, channel.scales, channel.ranks, &Rank::scales);
+    p.residual = c.has_residual ? kept : nullptr;
+    p.weight = weight.data();
+    p.eps = c.eps;
+    p.weight_offset = c.weight_offset;
+    p.num_tokens = num_tokens[launch];
+    p.hidden = c.hidden;
+    return p;
+}
+
+void run_stream(Channel& channel, u32 rank, u32 first) {
     u32 row_vecs = c.hidden / kVecElements;
-    for (u32 i = channel; i < c.num_launches; i += c.num_channels) {
+    Rank& own = channel.ranks[rank];
+    for (u32 i = first; i < c.num_launches; i += c.num_channels) {
         if (rank == c.dead_rank && i >= c.dead_from) return;
         if (rank == c.late_rank) std::this_thread::sleep_for(std::chrono::milliseconds(c.late_ms));
-        Vec* found = &x[(i * c.num_ranks + rank) * c.capacity * row_vecs];
-        std::copy_n(found, ranks[rank].x.size(), ranks[rank].x.data());
-        Params p{};
-        for (u32 peer = 0; peer < c.num_ranks; ++peer) {
-            p.x[peer] = ranks[peer].x.data();
-            p.barrier.signals[peer] = ranks[peer].signals.data();
-        }
-        p.barrier.epochs = ranks[rank].epochs.data();
-        p.barrier.deadline_ns = c.deadline_ms * 1'000'000ull;
-        p.barrier.rank = rank;
-        Vec* kept = &residual[(i * c.num_ranks + rank) * c.owned_capacity * row_vecs];
-        p.residual = c.has_residual ? kept : nullptr;
-        p.weight = weight.data();
-        p.eps = c.eps;
-        p.weight_offset = c.weight_offset;
-        p.num_tokens = num_tokens[i];
-        p.hidden = c.hidden;
-        if (!run_grid({kVariants[c.variant], p}, c.seed + 1000 * (i * c.num_ranks + rank))) {
+        u32 buffer = i * c.num_ranks + rank;
+        Vec* found = &x[buffer * c.capacity * row_vecs];
+        // Nobody writes here before this rank has arrived at the launch's first barrier.
+        std::copy_n(found, own.x.size(), own.x.data());
+        std::fill(own.out.begin(), own.out.end(), kUnwrittenVec);
+        std::fill(own.scales.begin(), own.scales.end(), -1.0f);
+        Vec* kept = &residual[buffer * c.owned_capacity * row_vecs];
+        Params p = arguments(channel, rank, i, kept);
+        if (!run_grid({kVariants[c.variant], p}, c.seed + 1000 * buffer)) {
             is_trapped = true;
             return;
         }
-        std::copy_n(ranks[rank].x.data(), ranks[rank].x.size(), found);
+        std::copy_n(own.x.data(), own.x.size(), found);
+        std::copy_n(own.out.data(), own.out.size(), &out[buffer * c.capacity * row_vecs]);
+        std::copy_n(own.scales.data(), own.scales.size(), &scales[buffer * c.capacity]);
     }
+}
+
+template <typename Vector>
+char* map_multicast(std::vector<Rank>& ranks, Vector Rank::* buffer) {
+    std::vector<char*> memory;
+    for (Rank& rank : ranks) memory.push_back(reinterpret_cast<char*>((rank.*buffer).data()));
+    size_t bytes = (ranks[0].*buffer).size() * sizeof((ranks[0].*buffer)[0]);
+    return shim::multicasts.emplace_back(memory, bytes).base;
+}
+
+void make(Channel& channel) {
+    size_t row_vecs = c.hidden / kVecElements;
+    Rank fresh{std::vector<Vec>(c.capacity * row_vecs),
+               std::vector<Vec>(c.capacity * row_vecs),
+               std::vector<float>(c.capacity),
+               std::vector<u64>(c.num_ctas * kMaxRanks, c.first_epoch),
+               std::vector<u32>(c.num_ctas, c.first_epoch)};
+    channel.ranks.assign(c.num_ranks, fresh);
+    if (!kVariants[c.variant].is_multicast) return;
+    channel.x = map_multicast(channel.ranks, &Rank::x);
+    channel.out = map_multicast(channel.ranks, &Rank::out);
+    channel.scales = map_multicast(channel.ranks, &Rank::scales);
 }
 
 template <typename T>
@@ -138,6 +179,11 @@ void read(std::vector<T>& items, size_t count) {
     read(items.data(), count);
 }
 
+template <typename T>
+void write(const std::vector<T>& items) {
+    std::fwrite(items.data(), sizeof(T), items.size(), stdout);
+}
+
 }  // namespace
 
 int main() {
@@ -147,17 +193,19 @@ int main() {
     read(weight, row_vecs);
     read(x, buffers * c.capacity * row_vecs);
     read(residual, buffers * c.owned_capacity * row_vecs);
+    out.resize(x.size());
+    scales.resize(buffers * c.capacity);
 
-    Rank fresh{std::vector<Vec>(c.capacity * row_vecs),
-               std::vector<u32>(c.num_ctas * kMaxRanks, c.first_epoch),
-               std::vector<u32>(c.num_ctas, c.first_epoch)};
-    std::vector<std::vector<Rank>> channels(c.num_channels, std::vector<Rank>(c.num_ranks, fresh));
+    std::vector<Channel> channels(c.num_channels);
+    for (Channel& channel : channels) make(channel);
     std::vector<std::thread> streams;
     for (u32 channel = 0; channel < c.num_channels; ++channel)
         for (u32 rank = 0; rank < c.num_ranks; ++rank)
             streams.emplace_back(run_stream, std::ref(channels[channel]), rank, channel);
     for (std::thread& stream : streams) stream.join();
     if (is_trapped) return 1;
-    std::fwrite(x.data(), sizeof(Vec), x.size(), stdout);
-    std::fwrite(residual.data(), sizeof(Vec), residual.size(), stdout);
+    write(x);
+    write(residual);
+    write(out);
+    write(scales);
 }
