@@ -1,9 +1,9 @@
-"""Give every rank of one host a duplicate of every other rank's file descriptor.
+"""Give every rank of one host a duplicate of every other rank's file descriptor, or of one's.
 
-Every rank listens and asks every other rank once. The asker sends a proof that it is that rank;
-the owner answers with a proof of its own and the descriptor. A proof is an HMAC of the group's
-token over who speaks to whom, so that the token itself never travels and nothing can be replayed.
-One thread serves and asks at the same time, so no order of arrival can deadlock.
+Every owner listens, and every other rank asks it once. The asker sends a proof that it is that
+rank; the owner answers with a proof of its own and the descriptor. A proof is an HMAC of the
+group's token over who speaks to whom, so that the token itself never travels and nothing can be
+replayed. One thread serves and asks at the same time, so no order of arrival can deadlock.
 """
 
 import errno
@@ -15,6 +15,7 @@ import selectors
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import partial
 
@@ -48,24 +49,38 @@ def exchange(
         ValueError: naming the argument, what came and what is allowed.
     """
     _check_arguments(descriptor, rank, world_size, token, deadline_s)
+    return _run(_Exchange(descriptor, rank, world_size, token, range(world_size)), deadline_s)
+
+
+def broadcast(
+    descriptor: int | None, root: int, rank: int, world_size: int, token: str, deadline_s: float
+) -> int:
+    """Return the descriptor of rank `root`; like `exchange`, but only `root` brings one."""
+    if (descriptor is None) == (rank == root):
+        raise ValueError(f"descriptor is {descriptor} on rank {rank}; only rank {root} brings one")
+    _check_arguments(descriptor, rank, world_size, token, deadline_s)
+    return _run(_Exchange(descriptor, rank, world_size, token, [root]), deadline_s)[0]
+
+
+def _run(running: "_Exchange", deadline_s: float) -> list[int]:
     deadline = time.monotonic() + deadline_s
-    with closing(_Exchange(descriptor, rank, world_size, token)) as running:
+    with closing(running):
         running.listen()
         while missing := running.missing():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise ExchangeError(
-                    f"rank {rank} of {world_size} exchanged no descriptors with rank(s) "
-                    f"{', '.join(map(str, missing))} in {deadline_s:g} s: did they fail (see their "
-                    "logs), and do all ranks run on one host, in one container (one network "
-                    "namespace) and as one user?"
+                    f"rank {running.rank} of {running.world_size} exchanged no descriptors with "
+                    f"rank(s) {', '.join(map(str, missing))} in {deadline_s:g} s: did they fail "
+                    "(see their logs), and do all ranks run on one host, in one container (one "
+                    "network namespace) and as one user?"
                 )
             running.step(min(left_s, _RETRY_S))
         return running.take()
 
 
 def _check_arguments(
-    descriptor: int, rank: int, world_size: int, token: str, deadline_s: float
+    descriptor: int | None, rank: int, world_size: int, token: str, deadline_s: float
 ) -> None:
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; it must be at least 1")
@@ -76,7 +91,8 @@ def _check_arguments(
     if not 0 < deadline_s < math.inf:
         raise ValueError(f"deadline_s is {deadline_s}; it must be positive and finite")
     try:
-        os.fstat(descriptor)
+        if descriptor is not None:
+            os.fstat(descriptor)
     except OSError as error:
         raise ValueError(f"descriptor is {descriptor}; it must be open ({error})") from error
 
@@ -84,30 +100,40 @@ def _check_arguments(
 class _Exchange:
     """One rank's side of an exchange, and the owner of all that it opened and received."""
 
-    def __init__(self, descriptor: int, rank: int, world_size: int, token: str) -> None:
+    def __init__(
+        self,
+        descriptor: int | None,
+        rank: int,
+        world_size: int,
+        token: str,
+        owners: Sequence[int] = (),
+    ) -> None:
         self._descriptor = descriptor
-        self._rank = rank
+        self.rank = rank
+        self.world_size = world_size
         self._key = token.encode()
-        self._peers = set(range(world_size)) - {rank}
-        self._unserved = set(self._peers)
-        self._unasked = set(self._peers)  # or not answered
+        self._owners = set(owners) - {rank}
+        self._unserved = set(range(world_size)) - {rank} if rank in owners else set()
+        self._unasked = set(self._owners)  # or not answered
         self._received: dict[int, int] = {}
         self._ask_again_at = 0.0
         self._unproven: list[socket.socket] = []  # oldest first
         self._selector = selectors.PollSelector()  # owns no descriptor; holds every open socket
 
     def missing(self) -> list[int]:
-        return sorted(self._unserved | (self._peers - self._received.keys()))
+        return sorted(self._unserved | (self._owners - self._received.keys()))
 
     def listen(self) -> None:
+        if not self._unserved:
+            return
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
         listener.setblocking(False)
         try:
-            listener.bind(self._address(self._rank))
+            listener.bind(self._address(self.rank))
         except OSError as error:
             raise ExchangeError(
-                f"rank {self._rank} cannot listen ({error}): does another process hold this rank, "
+                f"rank {self.rank} cannot listen ({error}): does another process hold this rank, "
                 "or is the token in use?"
             ) from error
         listener.listen(socket.SOMAXCONN)
@@ -127,9 +153,10 @@ class _Exchange:
 
     def take(self) -> list[int]:
         """Hand the descriptors over to the caller."""
-        everyone = sorted([*self._received.items(), (self._rank, self._descriptor)])
-        self._received.clear()
-        return [descriptor for _, descriptor in everyone]
+        found, self._received = self._received, {}
+        if self._descriptor is not None:
+            found[self.rank] = self._descriptor
+        return [found[rank] for rank in sorted(found)]
 
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -158,7 +185,7 @@ class _Exchange:
         with suppress(ConnectionError, BlockingIOError):
             connection.connect(self._address(peer))
             if _is_same_user(connection):
-                connection.send(self._proof(self._rank, peer))
+                connection.send(self._proof(self.rank, peer))
                 self._unasked.remove(peer)
                 return
         self._drop(connection)
@@ -172,13 +199,13 @@ class _Exchange:
             )
             descriptors = [struct.unpack("i", data)[0] for _, _, data in ancillary]
         self._drop(connection)
-        if not hmac.compare_digest(proof, self._proof(peer, self._rank)):
+        if not hmac.compare_digest(proof, self._proof(peer, self.rank)):
             self._unasked.add(peer)
             for descriptor in descriptors:
                 os.close(descriptor)
         elif not descriptors:
             raise ExchangeError(
-                f"rank {peer} answered rank {self._rank} but its descriptor did not arrive: is the "
+                f"rank {peer} answered rank {self.rank} but its descriptor did not arrive: is the "
                 "limit of open files (ulimit -n) reached?"
             )
         else:
@@ -198,8 +225,9 @@ class _Exchange:
             # A plain recv: the kernel throws away descriptors that a stranger sends along.
             claim = connection.recv(_PROOF_BYTES)
             for peer in sorted(self._unserved):
-                if hmac.compare_digest(claim, self._proof(peer, self._rank)):
-                    answer = self._proof(self._rank, peer)
+                if hmac.compare_digest(claim, self._proof(peer, self.rank)):
+                    assert self._descriptor is not None, "only owners listen"
+                    answer = self._proof(self.rank, peer)
                     socket.send_fds(connection, [answer], [self._descriptor])
                     self._unserved.remove(peer)
         except OSError as error:

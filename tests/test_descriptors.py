@@ -11,7 +11,7 @@ import pytest
 from exchanging import PATIENCE_S, Ranks, address, all_met, meet, open_descriptors
 
 from sglang_tokenweave import descriptors
-from sglang_tokenweave.descriptors import ExchangeError, exchange, new_token
+from sglang_tokenweave.descriptors import ExchangeError, broadcast, exchange, new_token
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,50 @@ def test_names_the_ranks_that_never_come(absent):
         assert f"rank {rank} of 4" in str(outcomes[rank])
         assert named in str(outcomes[rank])
         assert "one network namespace" in str(outcomes[rank])
+
+
+@pytest.mark.parametrize("root", [0, 2])
+def test_all_ranks_get_the_descriptor_of_one(root):
+    ranks = Ranks(_write_through_the_descriptor_of, range(3), root, new_token())
+    assert ranks.outcomes() == {r: [0, 1, 2] if r == root else None for r in range(3)}
+
+
+def _write_through_the_descriptor_of(rank, root, token):
+    before = open_descriptors()
+    reader, writer = os.pipe() if rank == root else (None, None)
+    got = broadcast(writer, root, rank, 3, token, PATIENCE_S)
+    os.write(got, bytes([rank]))
+    os.close(got)
+    if rank != root:
+        assert open_descriptors() == before
+        return None
+    assert got == writer
+    text = b""
+    while more := os.read(reader, 3):  # until all writers are closed
+        text += more
+    os.close(reader)
+    assert open_descriptors() == before
+    return sorted(text)
+
+
+def test_names_the_owner_and_the_ranks_that_never_come():
+    outcomes = Ranks(_broadcast_or_fail, [1], 0, new_token()).outcomes()
+    assert "rank 1 of 3 exchanged no descriptors with rank(s) 0 in 0.5 s" in str(outcomes[1])
+    outcomes = Ranks(_broadcast_or_fail, [0, 1], 0, new_token()).outcomes()
+    assert "with rank(s) 2 in 0.5 s" in str(outcomes[0])
+    assert outcomes[1] == "got it"
+
+
+def _broadcast_or_fail(rank, root, token):
+    with open(os.devnull) as own:
+        broadcast(own.fileno() if rank == root else None, root, rank, 3, token, 0.5)
+    return "got it"
+
+
+@pytest.mark.parametrize(("descriptor", "rank"), [(None, 0), (0, 1)])
+def test_only_the_owner_brings_a_descriptor(descriptor, rank):
+    with pytest.raises(ValueError, match="only rank 0 brings one"):
+        broadcast(descriptor, 0, rank, 2, new_token(), 1)
 
 
 def test_names_a_rank_killed_in_the_middle():
