@@ -1,24 +1,30 @@
 """The CUDA driver through cuda-python: every call checked, every error with its remedy."""
 
 import ctypes
-from collections.abc import Callable
+import logging
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-_REMEDIES = {
-    "CUDA_ERROR_NOT_PERMITTED": "this container lacks a permission that the call needs",
-    "CUDA_ERROR_NOT_SUPPORTED": "the GPU or its driver lacks this feature",
-    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory, or lower --mem-fraction-static",
-    "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED": "no peer access: check `nvidia-smi topo -p2p rw`",
-    "CUDA_ERROR_SYSTEM_NOT_READY": "start the fabric manager (nvidia-fabricmanager)",
-    "CUDA_ERROR_INVALID_DEVICE": "the GPUs are not in one NVLink domain",
-    "CUDA_ERROR_LAUNCH_FAILED": "a kernel stopped itself: its message is in this process's output",
-}
+from sglang_tokenweave.remedies import remedy
+from sglang_tokenweave.switches import why_multicast_is_forbidden
+
+logger = logging.getLogger(__name__)
+_MULTICAST = "cuMulticast"
 
 
 class CudaError(RuntimeError):
     """A driver call failed; the text names the call, the error and what to do."""
+
+    def __init__(self, text: str, error: str | None = None) -> None:
+        super().__init__(text)
+        self.error = error  # "CUDA_ERROR_...", None when the driver was not reached
+
+
+class MulticastForbiddenError(CudaError):
+    """A multicast call was not made, because an operator's switch forbids it."""
 
 
 @cache
@@ -39,15 +45,27 @@ def bindings() -> Any:
 def call(name: str, *arguments: Any) -> Any:
     """Call a driver function by name and return its value, tuple of values, or None.
 
+    Every driver call of this package comes through here, so this is where multicast is forbidden.
+
     Raises:
+        MulticastForbiddenError: naming the switch.
         CudaError: it did not return CUDA_SUCCESS.
     """
-    status, *values = getattr(bindings(), name)(*arguments)
-    if status != bindings().CUresult.CUDA_SUCCESS:
-        remedy = _REMEDIES.get(status.name)
-        raise CudaError(
-            f"{name}: {status.name} ({int(status)})" + (f"; {remedy}" if remedy else "")
+    if name.startswith(_MULTICAST) and (switch := why_multicast_is_forbidden(os.environ)):
+        raise MulticastForbiddenError(
+            f"{name} is not called: {switch} forbids multicast; unset it to allow multicast"
         )
+    function = getattr(bindings(), name, None)
+    if function is None:
+        raise CudaError(f"cuda-python has no {name}: pip install 'cuda-python>=13'")
+    try:
+        status, *values = function(*arguments)
+    except RuntimeError as error:  # cuda-python finds no libcuda, or one without this function
+        raise CudaError(f"{name}: {error}") from error
+    if status != bindings().CUresult.CUDA_SUCCESS:
+        advice = remedy(name, status.name)
+        text = f"{name}: {status.name} ({int(status)})" + (f"; {advice}" if advice else "")
+        raise CudaError(text, status.name)
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)
@@ -57,6 +75,19 @@ def shared_limit_bytes(device: int) -> int:
     """Return the shared memory that one thread block may have on a device, by ordinal."""
     limit = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return int(call("cuDeviceGetAttribute", limit, call("cuDeviceGet", device)))
+
+
+def on_exit(stack: ExitStack, name: str, *arguments: Any) -> None:
+    """Call a driver function when `stack` unwinds; a failure there is logged and not raised."""
+    stack.callback(_release, name, *arguments)
+
+
+def _release(name: str, *arguments: Any) -> None:
+    try:
+        call(name, *arguments)
+    except CudaError as error:
+        # It undoes something, after a failure or at the end: the rest must be undone, too.
+        logger.debug("not released: %s", error)
 
 
 @dataclass(frozen=True)
@@ -114,9 +145,3 @@ def _launch_config(stream: int, num_blocks: int, num_threads: int, shared_bytes:
     config.attrs = [cluster]
     config.numAttrs = 1
     return config
-
-
-def on_exit(stack: Any, name: str, *arguments: Any) -> None:
-    """Call a driver function when `stack` (an ExitStack) unwinds; failures there are not raised."""
-    release: Callable[..., Any] = getattr(bindings(), name)
-    stack.callback(release, *arguments)
