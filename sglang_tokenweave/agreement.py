@@ -1,7 +1,9 @@
 """Steps that all ranks take together: what fails on one fails on all, at the same step."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -12,28 +14,112 @@ class DisagreementError(RuntimeError):
     """A step failed on at least one rank; the text names the step, the ranks and their errors."""
 
 
-def gather(value: T, group: dist.ProcessGroup) -> list[T]:
-    """Return the values of all ranks in rank order; a collective call on a CPU group."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+class LostRankError(RuntimeError):
+    """Some rank did not take part in an exchange before its deadline, or is gone."""
 
 
-def step(name: str, group: dist.ProcessGroup, action: Callable[[], T]) -> T:
+class Group(Protocol):
+    """Ranks that exchange small values."""
+
+    @property
+    def rank(self) -> int:
+        """Return which one this is."""
+
+    @property
+    def world_size(self) -> int:
+        """Return how many there are."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks in rank order; raises LostRankError."""
+
+
+class TorchGroup:
+    """A group of torch.distributed, on the CPU."""
+
+    def __init__(self, group: dist.ProcessGroup, deadline_s: float | None = None) -> None:
+        """Wrap `group`.
+
+        Args:
+            deadline_s: how late another rank may come to a gather. By default only the group's own
+                timeout bounds that, and it is long: ranks that load a model are minutes apart.
+        """
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._group = group
+        self._deadline_s = deadline_s
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.world_size
+        try:
+            self._meet()
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise LostRankError(
+                f"rank {self.rank} of {self.world_size} does not reach all other ranks: did one "
+                f"end or stop (see their logs)? {error}"
+            ) from error
+        return values
+
+    def _meet(self) -> None:
+        # all_gather_object takes no timeout, but gloo has a barrier that does. It bounds the wait
+        # for a rank that does not come. One that ends after it closes its connection, which fails
+        # the gather at once; one that is stopped in between is left to the group's timeout, as is
+        # everything in a group that is not gloo's.
+        if self._deadline_s is not None and dist.get_backend(self._group) == dist.Backend.GLOO:
+            deadline = timedelta(seconds=self._deadline_s)
+            dist.monitored_barrier(self._group, timeout=deadline, wait_all_ranks=True)
+
+
+def as_group(group: dist.ProcessGroup | Group, deadline_s: float | None = None) -> Group:
+    """Return `group` itself, or a group of torch.distributed with this deadline."""
+    return TorchGroup(group, deadline_s) if isinstance(group, dist.ProcessGroup) else group
+
+
+def gather(value: T, group: dist.ProcessGroup | Group) -> list[T]:
+    """Return the values of all ranks in rank order; a collective call.
+
+    Raises:
+        LostRankError: some rank did not take part.
+    """
+    return as_group(group).gather(value)
+
+
+def step(
+    name: str,
+    group: dist.ProcessGroup | Group,
+    action: Callable[[], T],
+    *,
+    is_transient: Callable[[Exception], bool] = lambda _: False,
+    pauses_s: Sequence[float] = (),
+) -> T:
     """Run `action` on every rank and go on only if it succeeded on all of them.
+
+    While all failures are transient, the ranks where it failed try again, after a pause that all
+    ranks make together; the others keep their result.
+
+    Args:
+        is_transient: whether another try may help after this error.
+        pauses_s: how long to wait before each further try; none by default.
 
     Raises:
         DisagreementError: on all ranks, if `action` raised RuntimeError or OSError on any.
+        LostRankError: some rank did not take part.
     """
-    result: Any = None
-    problem = None
-    try:
-        result = action()
-    except (RuntimeError, OSError) as error:
-        problem = str(error)
-    problems = gather(problem, group)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
-    if failed:
-        raise DisagreementError(f"{name} failed on {'; '.join(failed)}")
-    done: T = result
-    return done
+    done: Any = None
+    problem: tuple[str, bool] | None = ("", True)
+    for pause_s in (*pauses_s, None):
+        if problem is not None:
+            problem = None
+            try:
+                done = action()
+            except (RuntimeError, OSError) as error:
+                problem = (str(error), is_transient(error))
+        found = {r: it for r, it in enumerate(gather(problem, group)) if it is not None}
+        if not found:
+            result: T = done
+            return result
+        if pause_s is None or not all(transient for _, transient in found.values()):
+            failed = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in found.items())
+            raise DisagreementError(f"{name} failed on {failed}")
+        time.sleep(pause_s)
+    raise AssertionError("the last try returns or raises")
