@@ -1,136 +1,167 @@
-"""Memory that every rank of a tensor-parallel group can reach: VMM allocations, mapped by all.
+"""Memory that every rank of a tensor-parallel group can reach: allocations mapped by all."""
 
-Driver API, virtual memory management: create, export as a file descriptor, exchange, import, map.
-"""
-
-import os
+import logging
+import math
 from contextlib import ExitStack
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave import descriptors, driver
-from sglang_tokenweave.agreement import gather, step
+from sglang_tokenweave import devices, driver, multicast, sharing, virtual_memory
+from sglang_tokenweave.agreement import DisagreementError, Group, LostRankError, as_group, step
+from sglang_tokenweave.sharing import Member
+from sglang_tokenweave.virtual_memory import round_up
 
-DEADLINE_S = 60.0  # for the exchange of descriptors
+logger = logging.getLogger(__name__)
 
 
 class PeerMemory:
     """One allocation per rank, of equal size, mapped by all ranks.
 
     `addresses[r]` is where this process reaches rank r's memory; `bytes` is its own as a tensor.
+    `multicast_address`, if not None, is where `multimem` instructions, and only they, reach the
+    memory of all ranks at once; if None, `why_no_multicast` is the reason, alike on all ranks.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> None:
-        """Allocate at least `num_bytes`; a collective call over `group`, a CPU group of one host.
+    def __init__(
+        self,
+        num_bytes: int,
+        device: torch.device,
+        group: dist.ProcessGroup | Group,
+        *,
+        use_multicast: bool = False,
+        across_hosts: bool = False,
+    ) -> None:
+        """Allocate at least `num_bytes`, zeroed; a collective call over `group`, on the CPU.
+
+        Args:
+            use_multicast: attach the memory to a multicast object, too, where all ranks can.
+            across_hosts: share by FABRIC handles where all ranks can; else by descriptors, which
+                only reach the ranks of one host.
 
         Raises:
             DisagreementError: on all ranks, when any rank failed; nothing stays allocated.
+            LostRankError: some rank did not take part in time; nothing stays allocated.
         """
-        self.rank = dist.get_rank(group)
+        if num_bytes < 1:
+            raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
+        self._device = torch.device("cuda", _ordinal(device))
+        self._group = as_group(group, sharing.DEADLINE_S)
+        self.rank = self._group.rank
         self.addresses: list[int] = []
-        with ExitStack() as stack:
-            device_index = _ordinal(device)
-            size = step("sizing", group, lambda: _round_up(num_bytes, _granularity(device_index)))
-            sizes = gather(size, group)
-            size = max(sizes)
-            own = step("cuMemCreate", group, lambda: _create(size, device_index, stack))
-            exported = step("export", group, lambda: _export(own, stack))
-            token = gather(descriptors.new_token(), group)[0]
-            received = step(
-                "exchange of descriptors", group, lambda: _exchange(exported, token, group, stack)
-            )
-            self._mapped = stack.enter_context(ExitStack())
+        self.multicast_address: int | None = None
+        self.why_no_multicast: str | None = "it was not asked for"
+        # What is temporary, handles and descriptors, lives on in the mappings.
+        with ExitStack() as owned, ExitStack() as temporary:
+            self._check_arguments((num_bytes, use_multicast, across_hosts))
+            self._context = step("the context", self._group, partial(self._enter, owned, temporary))
+            member = sharing.join(self._group, self._device.index, across_hosts=across_hosts)
+            alignment = self._agree_on_alignment(member, num_bytes, use_multicast=use_multicast)
+            self._size = round_up(num_bytes, alignment)
+            memory = self._map_everyone(member, alignment, owned, temporary)
+            if self.why_no_multicast is None:
+                self._attach(member, memory, alignment, owned)
+            if use_multicast and self.rank == 0 and self.why_no_multicast is not None:
+                logger.warning("no multicast: %s", self.why_no_multicast)
+            self._owned = owned.pop_all()
 
-            def map_all() -> None:
-                for rank, descriptor in enumerate(received):
-                    handle = own if rank == self.rank else _import(descriptor, self._mapped)
-                    self.addresses.append(_map(handle, size, device_index, self._mapped))
-
-            step("mapping", group, map_all)
-            self.bytes = _as_tensor(self.addresses[self.rank], size, device)
-            self.bytes.zero_()
-            torch.cuda.synchronize(device)
-            dist.barrier(group)  # nobody signals into memory that is not zeroed yet
-            # Keep what is mapped; the handles, closed with `stack`, live on in the mappings.
-            self._mapped = self._mapped.pop_all()
+    @cached_property
+    def bytes(self) -> torch.Tensor:
+        """Return this rank's memory as a uint8 tensor; it must not be used after `close`."""
+        return _as_tensor(self.addresses[self.rank], self._size, self._device)
 
     def close(self) -> None:
-        """Unmap; all ranks must have finished using the memory."""
+        """Release everything; all ranks must have finished using the memory.
+
+        With multicast a collective call: all ranks stop before the first one takes its memory
+        away. What fails is logged and not raised, and nothing is done once CUDA itself is gone.
+        """
         self.addresses = []
-        self._mapped.close()
+        self.multicast_address, had_multicast = None, self.multicast_address is not None
+        self.__dict__.pop("bytes", None)
+        owned = self._owned.pop_all()
+        if not devices.is_context_alive(self._device.index):
+            owned.pop_all()  # the driver has released all of it with the context
+            return
+        try:
+            with devices.current(self._context):
+                driver.call("cuCtxSynchronize")
+        except driver.CudaError as error:
+            logger.warning("releasing memory that may be in use: %s", error)
+        try:
+            if had_multicast:
+                self._group.gather(None)
+        except LostRankError as error:
+            logger.warning("releasing memory without waiting for all ranks: %s", error)
+        owned.close()
+
+    def _check_arguments(self, arguments: tuple[int, bool, bool]) -> None:
+        asked = self._group.gather(arguments)
+        if len(set(asked)) > 1:
+            raise DisagreementError(
+                f"the ranks ask for different (num_bytes, use_multicast, across_hosts): {asked}"
+            )
+
+    def _enter(self, owned: ExitStack, temporary: ExitStack) -> Any:
+        is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch's gap
+        if is_initialized and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is being captured; allocate before the capture")
+        context = devices.retain_context(self._device.index, owned)
+        temporary.enter_context(devices.current(context))
+        return context
+
+    def _agree_on_alignment(self, member: Member, num_bytes: int, *, use_multicast: bool) -> int:
+        """Return a multiple for sizes and addresses that suits all ranks, and multicast if used."""
+        query = partial(virtual_memory.granularity, member.device_index, member.handle_type)
+        alignment = step("cuMemGetAllocationGranularity", member.group, query)
+        if use_multicast:
+            size = round_up(num_bytes, alignment)
+            try:
+                query = partial(multicast.granularity, member, size)
+                alignment = math.lcm(alignment, step("multicast", member.group, query))
+                self.why_no_multicast = None
+            except DisagreementError as error:
+                self.why_no_multicast = str(error)
+        return math.lcm(*member.group.gather(alignment))
+
+    def _map_everyone(
+        self, member: Member, alignment: int, owned: ExitStack, temporary: ExitStack
+    ) -> Any:
+        """Allocate, share, map and zero; return the handle of this rank's memory."""
+        group, size, device_index = member.group, self._size, member.device_index
+        allocate = partial(virtual_memory.create, size, device_index, member.handle_type, temporary)
+        own = step("cuMemCreate", group, allocate)
+        export = partial(virtual_memory.export, own, member.handle_type, temporary)
+        received = sharing.share(member, step("exporting memory", group, export), temporary)
+
+        def map_all() -> None:
+            for rank, exported in enumerate(received):
+                handle = own
+                if rank != self.rank:
+                    handle = virtual_memory.import_handle(exported, member.handle_type, temporary)
+                address = virtual_memory.reserve(size, alignment, owned)
+                virtual_memory.map_at(address, handle, size, device_index, owned)
+                self.addresses.append(address)
+
+        def zero() -> None:
+            driver.call("cuMemsetD8", self.addresses[self.rank], 0, size)
+            driver.call("cuCtxSynchronize")
+
+        step("mapping", group, map_all)
+        step("zeroing", group, zero)  # nobody signals into memory that is not zeroed yet
+        return own
+
+    def _attach(self, member: Member, memory: Any, alignment: int, owned: ExitStack) -> None:
+        try:
+            self.multicast_address = multicast.attach(member, memory, self._size, alignment, owned)
+        except DisagreementError as error:
+            self.why_no_multicast = str(error)
 
 
 def _ordinal(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _properties(device_index: int) -> Any:
-    cuda = driver.bindings()
-    properties = cuda.CUmemAllocationProp()
-    properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    properties.location.id = device_index
-    properties.requestedHandleTypes = _handle_type()
-    return properties
-
-
-def _handle_type() -> Any:
-    return driver.bindings().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-
-
-def _granularity(device_index: int) -> int:
-    recommended = (
-        driver.bindings().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-    )
-    return int(driver.call("cuMemGetAllocationGranularity", _properties(device_index), recommended))
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _create(size: int, device_index: int, stack: ExitStack) -> Any:
-    handle = driver.call("cuMemCreate", size, _properties(device_index), 0)
-    driver.on_exit(stack, "cuMemRelease", handle)
-    return handle
-
-
-def _export(handle: Any, stack: ExitStack) -> int:
-    descriptor = int(driver.call("cuMemExportToShareableHandle", handle, _handle_type(), 0))
-    stack.callback(os.close, descriptor)
-    return descriptor
-
-
-def _exchange(own: int, token: str, group: dist.ProcessGroup, stack: ExitStack) -> list[int]:
-    rank = dist.get_rank(group)
-    received = descriptors.exchange(own, rank, dist.get_world_size(group), token, DEADLINE_S)
-    # At once: this rank may have got all of them where another one failed.
-    for sender, descriptor in enumerate(received):
-        if sender != rank:
-            stack.callback(os.close, descriptor)
-    return received
-
-
-def _import(descriptor: int, stack: ExitStack) -> Any:
-    handle = driver.call("cuMemImportFromShareableHandle", descriptor, _handle_type())
-    driver.on_exit(stack, "cuMemRelease", handle)
-    return handle
-
-
-def _map(handle: Any, size: int, device_index: int, stack: ExitStack) -> int:
-    address = driver.call("cuMemAddressReserve", size, 0, 0, 0)
-    driver.on_exit(stack, "cuMemAddressFree", address, size)
-    driver.call("cuMemMap", address, size, 0, handle, 0)
-    driver.on_exit(stack, "cuMemUnmap", address, size)
-    cuda = driver.bindings()
-    access = cuda.CUmemAccessDesc()
-    access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    access.location.id = device_index
-    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    driver.call("cuMemSetAccess", address, size, [access], 1)
-    return int(address)
 
 
 def _as_tensor(address: int, size: int, device: torch.device) -> torch.Tensor:
