@@ -1,0 +1,181 @@
+"""The op for small batches, by flashinfer's fused one-shot all-reduce.
+
+Every rank writes its partial sums to all others and each adds them up itself: one exchange instead
+of two, for world_size - 1 times the bytes. Unlike the sharded op, it takes and returns the whole
+residual, which every rank holds alike.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_tokenweave.agreement import step
+
+WORLD_SIZES = (2, 4, 8, 16)  # that flashinfer's kernel is built for
+DTYPES = (torch.bfloat16, torch.float16)
+_VECTOR_BYTES = 16  # of one of the kernel's accesses
+# Offsets in flashinfer's exchange buffer are 32-bit; it rounds the limit down to 2 MiB.
+_MAX_EXCHANGE_BYTES = (2**31 - 1) // 2**21 * 2**21
+
+
+class FlashinferError(RuntimeError):
+    """flashinfer is not installed, or could not make its workspace."""
+
+
+def exchange_bytes(num_tokens: int, hidden_size: int, world_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes that a rank receives in one exchange, its own included."""
+    return num_tokens * hidden_size * world_size * dtype.itemsize
+
+
+def check_sizes(max_tokens: int, hidden_size: int, world_size: int, dtype: torch.dtype) -> None:
+    """Refuse what flashinfer's kernel does not do.
+
+    Raises:
+        ValueError: naming what came and what is allowed.
+    """
+    if world_size not in WORLD_SIZES:
+        raise ValueError(f"{world_size} ranks: flashinfer's kernel is built for {WORLD_SIZES}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+    if hidden_size < 1 or hidden_size * dtype.itemsize % _VECTOR_BYTES:
+        raise ValueError(
+            f"hidden_size {hidden_size}: it must be a multiple of {_VECTOR_BYTES // dtype.itemsize}"
+        )
+    most = _MAX_EXCHANGE_BYTES // exchange_bytes(1, hidden_size, world_size, dtype)
+    if not 1 <= max_tokens <= most:
+        raise ValueError(
+            f"max_tokens {max_tokens}: from 1 to {most} at hidden_size {hidden_size} on "
+            f"{world_size} ranks, which is what flashinfer's exchange buffer can address"
+        )
+
+
+class OneShot:
+    """`allreduce_rmsnorm` on the whole residual, for up to `max_tokens` tokens."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        max_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate flashinfer's workspace on the current CUDA device; a collective call.
+
+        The first use on a machine compiles flashinfer's kernels, which takes minutes.
+
+        Args:
+            group: a CPU group of one host.
+            max_tokens: the most tokens of a call; the workspace takes about
+                4 * world_size * max_tokens * hidden_size elements on each rank.
+            hidden_size: of every call.
+            dtype: of every call.
+
+        Raises:
+            ValueError: the kernel does not serve these sizes.
+            DisagreementError: on all ranks, when flashinfer is missing or fails on any.
+        """
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.max_tokens = max_tokens
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        check_sizes(max_tokens, hidden_size, self.world_size, dtype)
+        self._comm, backend = step("importing flashinfer", group, lambda: _flashinfer(group))
+        self._workspace = step(
+            "flashinfer's workspace", group, lambda: self._make_workspace(backend)
+        )
+
+    def allreduce_rmsnorm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return RMSNorm(total) * (weight_offset + weight), and the total itself.
+
+        The total is the sum over ranks of x, plus the residual, in float32. Enqueued on the
+        current stream; capturable in a CUDA graph.
+
+        Args:
+            x: `[num_tokens, hidden_size]`, this rank's partial sums; left as it is.
+            residual: `[num_tokens, hidden_size]`, alike on all ranks; left as it is.
+            weight: `[hidden_size]`.
+            eps: added to the mean of squares.
+            weight_offset: 1.0 for norms that store their weight less one (Gemma).
+
+        Raises:
+            ValueError: a tensor is not what the kernel takes, or has too many tokens.
+        """
+        self._check(x, residual, weight)
+        output, total = torch.empty_like(x), torch.empty_like(residual)
+        self._comm.allreduce_fusion(
+            input=x,
+            workspace=self._workspace,
+            pattern=self._comm.AllReduceFusionPattern.kARResidualRMSNorm,
+            launch_with_pdl=True,
+            trigger_completion_at_end=True,  # the next kernel need not know of this one
+            residual_in=residual,
+            residual_out=total,
+            norm_out=output,
+            rms_gamma=weight,
+            rms_eps=eps,
+            use_oneshot=True,
+            fp32_acc=True,
+            weight_bias=weight_offset,
+        )
+        return output, total
+
+    def close(self) -> None:
+        """Release the workspace; all ranks must have finished using it."""
+        self._workspace.destroy()
+
+    def _make_workspace(self, backend: Any) -> Any:
+        try:
+            return self._comm.create_allreduce_fusion_workspace(
+                backend="trtllm",  # unicast; "auto" may choose "mnnvl", which is multicast
+                world_size=self.world_size,
+                rank=self.rank,
+                max_token_num=self.max_tokens,
+                hidden_dim=self.hidden_size,
+                dtype=self.dtype,
+                comm_backend=backend,
+            )
+        except Exception as error:
+            # Of any kind (it compiles, allocates, exchanges), and the other ranks wait to be told.
+            raise FlashinferError(f"{type(error).__name__}: {error}") from error
+
+    def _check(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+        num_tokens = x.shape[0]
+        if not 1 <= num_tokens <= self.max_tokens:
+            raise ValueError(
+                f"{num_tokens} tokens: the workspace is for 1 to {self.max_tokens}; "
+                "larger batches are for the fused kernel"
+            )
+        wanted = {
+            "x": (x, (num_tokens, self.hidden_size)),
+            "residual": (residual, (num_tokens, self.hidden_size)),
+            "weight": (weight, (self.hidden_size,)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {self.dtype}"
+                )
+            if not tensor.is_contiguous() or tensor.data_ptr() % _VECTOR_BYTES:
+                raise ValueError(f"{name} must be contiguous and aligned to {_VECTOR_BYTES} bytes")
+
+
+def _flashinfer(group: dist.ProcessGroup) -> tuple[Any, Any]:
+    """Return flashinfer's communication module and its view of a CPU group."""
+    try:
+        from flashinfer import comm
+        from flashinfer.comm.mnnvl import TorchDistBackend
+    except ImportError as error:
+        text = f"flashinfer is missing: pip install 'flashinfer-python>=0.6.15' ({error})"
+        raise FlashinferError(text) from error
+    return comm, TorchDistBackend(group=group)
