@@ -1,0 +1,94 @@
+"""What a result must say of the machine and the software it was measured with."""
+
+import os
+import subprocess
+from datetime import UTC, datetime
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import sglang_tokenweave
+from benchmarks import switches
+from benchmarks.schema import NOT_INSTALLED, Meta
+
+_ROOT = Path(__file__).resolve().parent.parent
+_TIMEOUT_S = 30
+# Distribution: module.
+_PACKAGES = {"sglang": "sglang", "flashinfer-python": "flashinfer"}
+
+
+def meta(world_size: int, command: str, commit: str | None, rounds: int, *, smoke: bool) -> Meta:
+    """Describe this machine, tree and run.
+
+    Raises:
+        RuntimeError: git or the driver does not answer; the text says what to do.
+    """
+    driver, *clocks = _nvidia_smi("driver_version", "clocks.max.sm", "power.limit")
+    return Meta(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        gpu=torch.cuda.get_device_name(0),
+        driver=driver,
+        world_size=world_size,
+        versions=versions(),
+        commit=commit or git_commit(_ROOT),
+        command=command,
+        rounds=rounds,
+        clocks=f"SM at most {clocks[0]}, power limit {clocks[1]}",
+        multicast=switches.forbidding(os.environ),
+        smoke=smoke,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result states, by the names of `schema.VERSIONS`."""
+    cuda = torch.version.cuda
+    nccl = torch.cuda.nccl.version() if cuda and torch.distributed.is_nccl_available() else ()
+    found = {module: _version(package, module) for package, module in _PACKAGES.items()}
+    return {
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, nccl)) or NOT_INSTALLED,
+        "cuda": cuda or NOT_INSTALLED,
+        **found,
+        "sglang_tokenweave": sglang_tokenweave.__version__,
+    }
+
+
+def git_commit(root: Path) -> str:
+    """Return the commit of the tree, marked if tracked files differ from it.
+
+    Raises:
+        RuntimeError: git cannot tell.
+    """
+    try:
+        commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+        changed = _output("git", "-C", str(root), "status", "--porcelain", "-uno")
+    except RuntimeError as error:
+        raise RuntimeError(f"name the commit with --commit, as git cannot tell: {error}") from error
+    return commit + ("-dirty" if changed else "")
+
+
+def _version(package: str, module: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if find_spec(module) is None:
+            return NOT_INSTALLED
+        return str(getattr(import_module(module), "__version__", "unknown"))
+
+
+def _nvidia_smi(*fields: str) -> list[str]:
+    query = ("--query-gpu=" + ",".join(fields), "--format=csv,noheader", "--id=0")
+    return [word.strip() for word in _output("nvidia-smi", *query).split(",")]
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or ""
+        raise RuntimeError(f"{' '.join(command)}: {error} {detail}".strip()) from error
+    return done.stdout.strip()

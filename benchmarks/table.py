@@ -1,0 +1,110 @@
+"""The op benchmark's table: the floor, the best rival and ours at every size."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.roles import Role, by_size, fastest, shapes
+from benchmarks.schema import BENCHES, Meta, Result, Row
+
+SMOKE = "SMOKE TEST: ranks shared a GPU. These times mean nothing; only that everything ran."
+_HEAD = (
+    "tokens",
+    "link floor us",
+    "best rival us",
+    "ours us",
+    "speed-up",
+    "% of floor",
+)
+
+
+def text(result: Result) -> str:
+    """Return Markdown: what ran where, one table per shape, what is absent and why."""
+    parts = [heading(result.meta)]
+    if result.bench == "op":
+        parts += [_shape(result, shape) for shape in shapes(result)]
+    else:
+        parts += ["\n".join(_plain(result))]
+    parts += [_absent(result.meta)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def heading(meta: Meta) -> str:
+    """Return one paragraph that says where and with what it was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in meta.versions.items())
+    lines = [
+        f"{meta.world_size} ranks, {meta.gpu}, driver {meta.driver}, commit {meta.commit[:12]}"
+        + ("-dirty" if meta.commit.endswith("-dirty") else ""),
+        f"{meta.date}; {versions}",
+        f"Medians of up to {meta.rounds} interleaved rounds, slowest rank, "
+        f"± interquartile range; NVLink multicast "
+        + (f"forbidden ({meta.multicast})" if meta.multicast else "allowed"),
+    ]
+    return "\n".join(([SMOKE] if meta.smoke else []) + lines)
+
+
+def _shape(result: Result, shape: str) -> str:
+    sizes = by_size(result, shape)
+    lines = _smoke_lines(sizes) if result.meta.smoke else _lines(sizes)
+    return f"### {shape}\n\n" + "\n".join(lines)
+
+
+def _lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
+    cells = []
+    for tokens, rows in sizes.items():
+        floor = fastest(rows.values(), Role.FLOOR)
+        rival = fastest(rows.values(), Role.RIVAL)
+        ours = fastest(rows.values(), Role.OURS)
+        cells.append(
+            [
+                str(tokens),
+                f"{floor.time_us:{_digits(floor.time_us)}}" if floor else "-",
+                _named(rival),
+                _named(ours),
+                f"{rival.time_us / ours.time_us:.2f}x" if rival and ours else "-",
+                f"{100 * floor.time_us / ours.time_us:.0f}" if floor and ours else "-",
+            ]
+        )
+    return markdown(_HEAD, cells)
+
+
+def _smoke_lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
+    cells = [[str(tokens), ", ".join(sorted(rows))] for tokens, rows in sizes.items()]
+    return markdown(("tokens", "ran, with right results"), cells)
+
+
+def _plain(result: Result) -> list[str]:
+    """Return a benchmark's rows as they are; only the op's have roles to compare."""
+    extra = [
+        name for name in BENCHES[result.bench].columns if any(name in r.extra for r in result.rows)
+    ]
+    cells = [
+        [row.shape, str(row.tokens), row.variant, f"{row.time_us:.1f} ±{row.spread_us:.1f}"]
+        + [f"{row.extra[name]:g}" if name in row.extra else "-" for name in extra]
+        for row in result.rows
+    ]
+    return markdown(("shape", "tokens", "variant", "us", *extra), cells)
+
+
+def _named(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    digits = _digits(row.time_us)
+    return f"{row.time_us:{digits}} ±{row.spread_us:{digits}} ({row.variant})"
+
+
+def _digits(time_us: float) -> str:
+    return ".2f" if time_us < 10 else ".1f"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, its columns aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    titles = [cell.rjust(width) for cell, width in zip(head, widths, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return [f"| {' | '.join(cells)} |" for cells in (titles, rule, *lines)]
+
+
+def _absent(meta: Meta) -> str:
+    if not meta.absent:
+        return ""
+    return "Absent:\n" + "\n".join(f"- {name}: {why}" for name, why in meta.absent.items())

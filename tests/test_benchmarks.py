@@ -1,0 +1,404 @@
+"""The benchmarks' schema, statistics, plans, tables, plots and bars, on made-up rows."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bars, cases, machine, plot, report, roles, switches, table, timing
+from benchmarks.bars import Verdict
+from benchmarks.cases import Case
+from benchmarks.op import main
+from benchmarks.roles import Role
+from benchmarks.schema import BENCHES, VERSIONS, Meta, Result, Row, SchemaError, load, parse
+from benchmarks.worker import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+META = Meta(
+    date="2026-01-02T03:04:05+00:00",
+    gpu="NVIDIA H200",
+    driver="580.65",
+    world_size=2,
+    versions=dict.fromkeys(VERSIONS, "1.0"),
+    commit="0123456789abcdef",
+    command="python -m benchmarks.op",
+    rounds=9,
+)
+CTAS = {2: 6.0, 4: 2.9, 8: 1.5, 16: 1.1, 32: 1.05}  # thread blocks: time over the floor
+
+
+def _rows(tokens, shape="h8192-bf16"):
+    """Return rows that clear every bar."""
+    floor = 0.0485 * tokens
+    times = {
+        "floor": floor,
+        "nccl": floor + 20,
+        "nccl+norm": floor * 1.2 + 25,
+        "two_shot": floor * 1.06 + 9,
+        "flashinfer": floor * 1.3 + 6,
+        "copy_engine": floor * 1.1 + 10,
+        **{f"fused/{ctas}": floor * ratio + 5 for ctas, ratio in CTAS.items()},
+    }
+    if tokens >= 1024:
+        times |= {f"fused/{ctas}": floor * ratio for ctas, ratio in CTAS.items()}
+    return [Row(shape, tokens, name, time_us, time_us / 50) for name, time_us in times.items()]
+
+
+def _result(**meta):
+    rows = [row for tokens in cases.TOKENS for row in _rows(tokens)]
+    rows[0] = replace(rows[0], extra={"rate_gb_s": 337.0})
+    return Result("op", replace(META, **meta), tuple(rows))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Return a valid file, decoded."""
+    path = tmp_path / "op.json"
+    _result(absent={"sglang_v2+norm": "not installed"}).save(path)
+    return json.loads(path.read_text())
+
+
+def test_a_result_survives_its_file(tmp_path):
+    result = _result(absent={"x": "y"}, clocks="1980 MHz", multicast="A=1")
+    result.save(tmp_path / "new" / "op.json")
+    assert load(tmp_path / "new" / "op.json") == result
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["op.json"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "wanted"),
+    [
+        (("rows", 3, "time_us"), 0, r"f\.json: rows\[3\]\.time_us: expected more than 0.* got 0"),
+        (("rows", 3, "time_us"), "9", r"rows\[3\]\.time_us: expected a number, got '9'"),
+        (("rows", 3, "time_us"), float("nan"), r"rows\[3\]\.time_us: .*finite, got nan"),
+        (("rows", 3, "spread_us"), -1.0, r"rows\[3\]\.spread_us: expected 0 or more"),
+        (("rows", 3, "spread_us"), None, r"rows\[3\]\.spread_us"),
+        (("rows", 3, "tokens"), True, r"rows\[3\]\.tokens: expected int, got True"),
+        (("rows", 3, "tokens"), 0, r"rows\[3\]\.tokens: expected 1 or more"),
+        (("rows", 3, "variant"), "fused", r"rows\[3\]\.variant: .*got 'fused'"),
+        (("rows", 3, "ttft_us"), 1.0, r"rows\[3\]\.ttft_us: unknown field"),
+        (("rows", 3), [], r"rows\[3\]: expected an object"),
+        (("rows",), {}, r"f\.json\.rows: expected list"),
+        (("bench",), "ops", r"f\.json\.bench: .*got 'ops'"),
+        (("meta", "commit"), "main", r"meta\.commit"),
+        (("meta", "date"), "yesterday", r"meta\.date"),
+        (("meta", "gpu"), " ", r"meta\.gpu"),
+        (("meta", "absent"), {"flashinfer": ""}, r"meta\.absent\.flashinfer"),
+        (("meta", "versions", "rust"), "1", r"meta\.versions\.rust: unknown field"),
+        (("meta", "smoke"), 1, r"meta\.smoke: expected bool"),
+    ],
+)
+def test_a_wrong_field_is_named(data, place, value, wanted):
+    *path, last = place
+    inner = data
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    with pytest.raises(SchemaError, match=wanted):
+        parse(data, "f.json")
+
+
+@pytest.mark.parametrize("name", ["date", "gpu", "driver", "world_size", "versions", "commit"])
+def test_meta_is_complete(data, name):
+    del data["meta"][name]
+    with pytest.raises(SchemaError, match=rf"meta\.{name}: expected .*, got nothing"):
+        parse(data, "f.json")
+
+
+def test_a_repeated_row_is_refused(data):
+    data["rows"].append(data["rows"][0])
+    with pytest.raises(SchemaError, match=r"repeats .* of rows\[0\]"):
+        parse(data, "f.json")
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    wrong = Result("op", META, (Row("h8192-bf16", 1, "mystery", 1.0, 0.0),))
+    with pytest.raises(SchemaError, match="mystery"):
+        wrong.save(tmp_path / "op.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    for name in ("a.json", "none.json"):
+        with pytest.raises(SchemaError, match=name):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("bench", "variant", "column"),
+    [
+        ("prefill", "weave/copy_engine", "tokens_per_s"),
+        ("prefill", "no_comm", "cut_tokens"),
+        ("decode", "fuse/8", "context_tokens"),
+        ("serving", "stock/nccl", "ttft_us"),
+    ],
+)
+def test_other_benchmarks_have_their_own_variants_and_columns(bench, variant, column):
+    row = {"shape": "llama-8b", "tokens": 8, "variant": variant, "time_us": 1, "spread_us": 0}
+    data = {"bench": bench, "meta": _meta_data(), "rows": [row | {column: 2.5}]}
+    result = parse(data, "f.json")
+    assert result.rows[0].extra == {column: 2.5}
+    assert "2.5" in table.text(result)
+    with pytest.raises(SchemaError, match="variant"):
+        parse({**data, "bench": "op", "rows": [row]}, "f.json")
+
+
+def _meta_data():
+    return {name: getattr(META, name) for name in Meta.__dataclass_fields__}
+
+
+def test_every_variant_of_the_command_is_in_the_schema():
+    rows = tuple(Row("h8-bf16", 1, name, 1.0, 0.0) for name in [*VARIANTS, "floor"])
+    data = [vars(row) for row in rows]
+    for row in data:
+        row.pop("extra")
+    parsed = parse({"bench": "op", "meta": _meta_data(), "rows": data}, "f.json")
+    assert [row.variant for row in parsed.rows] == [*VARIANTS, "floor"]
+    assert {name for name in VARIANTS if roles.role(name) is Role.OURS} == {
+        "copy_engine",
+        *(f"fused/{ctas}" for ctas in CTAS),
+    }
+    assert set(BENCHES) == {"op", "prefill", "decode", "serving"}
+
+
+def test_a_round_has_another_order_each_time_and_the_same_on_every_rank():
+    names = [str(i) for i in range(12)]
+    orders = [timing.round_order(names, index) for index in range(5)]
+    assert orders == [timing.round_order(names, index) for index in range(5)]
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+
+
+def test_a_round_is_as_slow_as_its_slowest_rank():
+    assert timing.slowest([[1, 5, 3], [2, 4, 3]]) == [2, 5, 3]
+    with pytest.raises(ValueError, match=r"different rounds: \[1, 2\]"):
+        timing.slowest([[1], [1, 2]])
+
+
+def test_a_summary_is_median_and_interquartile_range():
+    assert timing.summarize([5, 1, 2, 4, 3]) == timing.Summary(3, 2)  # quartiles 2 and 4
+    assert timing.summarize([1, 1, 1, 1000]).time_us == 1
+    assert timing.summarize([7]) == timing.Summary(7, 0)
+    with pytest.raises(ValueError, match="no rounds"):
+        timing.summarize([])
+
+
+def test_measuring_interleaves_and_stops_in_time():
+    log = []
+    samples = {name: lambda name=name: log.append(name) or 1.0 for name in "ab"}
+    left = iter([True, True, False])
+    times = timing.measure(
+        samples, 9, lambda name, index: log.append((name, index)), lambda: next(left)
+    )
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert log[::2] == [(name, i) for i in range(3) for name in timing.round_order("ab", i)]
+    assert log[1::2] == [name for name, _ in log[::2]]
+
+
+def test_the_floor_is_what_must_cross_the_link():
+    case = Case(8192, "bf16", 1024)
+    assert case.shape == "h8192-bf16"
+    assert case.bytes == 2**24
+    assert cases.floor_bytes(case, 2) == 2**24
+    assert cases.floor_bytes(case, 4) == 1.5 * 2**24
+    assert cases.floor_us(case, 2, 337) == pytest.approx(49.8, abs=0.05)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("tokens", cases.TOKENS)
+def test_calls_fall_evenly_on_buffers_that_exceed_the_cache_and_do_not_overflow(tokens, world_size):
+    case = Case(8192, "bf16", tokens)
+    buffers = cases.num_buffers(case, 50 * 2**20)
+    calls = cases.num_calls(case, world_size, buffers, smoke=False)
+    assert calls % buffers == 0
+    assert buffers == 8 or 2 * case.bytes * buffers >= 2 * 50 * 2**20
+    assert world_size ** (calls // buffers * (cases.REPLAYS + 1)) < 2.0**123  # of bf16's 2**127
+
+
+def test_a_plan_spends_the_time_and_no_more():
+    grid = cases.grid([4096, 8192], "bf16", cases.TOKENS)
+    options = {"cache_bytes": 50 * 2**20, "start_s": 60}
+    plans = [cases.plan(grid, 17, 2, seconds, **options) for seconds in (130, 200, 10_000)]
+    assert plans[0].seconds <= 130
+    assert plans[1].seconds <= 200
+    assert cases.MIN_ROUNDS <= plans[0].rounds < plans[1].rounds < plans[2].rounds == 41
+    with pytest.raises(ValueError, match=r"61 s are too few: 32 sizes .* give more --seconds"):
+        cases.plan(grid, 17, 2, 61, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (([8191], "bf16", [1]), "hidden 8191"),
+        (([8192], "fp8", [1]), "dtype fp8"),
+        (([8192], "bf16", [0]), "tokens 0"),
+    ],
+)
+def test_a_grid_names_what_it_cannot_hold(arguments, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        cases.grid(*arguments)
+
+
+def test_the_table_compares_with_the_best_rival_and_the_floor():
+    text = table.text(_result(absent={"sglang_v2+norm": "not installed"}))
+    assert "2 ranks, NVIDIA H200, driver 580.65, commit 0123456789ab" in text
+    row = next(line for line in text.splitlines() if line.startswith("|   1024 |"))
+    # two_shot is faster than flashinfer, but norms nothing: it is no rival.
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "1024", "49.7", "70.6 ±1.4 (flashinfer)", "52.1 ±1.0 (fused/32)", "1.35x", "95",
+    ]  # fmt: skip
+    assert "- sglang_v2+norm: not installed" in text
+
+
+def test_a_table_has_dashes_where_nothing_was_measured():
+    text = table.text(Result("op", META, tuple(_rows(64)[:3])))
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["64", "3.10", "28.7 ±0.6 (nccl+norm)", "-", "-", "-"]
+
+
+def test_bars_pass_fail_and_are_missing():
+    judged = bars.judge(_result())
+    assert {each.verdict for each in judged} == {Verdict.PASS}
+    assert {each.bar for each in judged} == {bar.text for bar in bars.BARS}
+
+    slow = [
+        replace(row, time_us=3.2 * row.time_us)
+        if row.variant == "fused/4" and row.tokens == 4096
+        else row
+        for row in _result().rows
+        if row.variant != "copy_engine"
+    ]
+    judged = bars.judge(Result("op", META, tuple(slow)))
+    failed = [(each.bar, each.tokens) for each in judged if each.verdict is Verdict.FAIL]
+    assert failed == [("4 CTAs, of the floor", 4096)]
+    missing = {each.bar for each in judged if each.verdict is Verdict.MISSING}
+    assert missing == {"copy engines, of the floor"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "tokens", "factor", "bar"),
+    [
+        ("fused/16", 1024, 1.06, "16 CTAs, of the floor"),
+        ("fused/8", 8192, 1.07, "8 CTAs, of the floor"),
+        ("fused/32", 256, 1.35, "256 tokens"),
+        ("copy_engine", 2048, 1.2, "copy engines, of the floor"),
+        ("flashinfer", 8, 0.5, "small batches, of the fastest rival"),
+        ("nccl+norm", 512, 0.4, "medium batches, of the fastest rival"),
+        ("two_shot", 32768, 0.97, "up to 32 CTAs, of two-shot without norm"),
+    ],
+)
+def test_each_bar_can_fail(variant, tokens, factor, bar):
+    rows = [
+        replace(row, time_us=factor * row.time_us)
+        if row.tokens == tokens
+        and (row.variant == variant or (bar == "256 tokens" and row.variant.startswith("fused")))
+        else row
+        for row in _result().rows
+    ]
+    judged = bars.judge(Result("op", META, tuple(rows)))
+    assert bar in {each.bar for each in judged if each.verdict is Verdict.FAIL}
+
+
+def test_nothing_is_concluded_from_a_smoke_test(tmp_path, capsys):
+    path = tmp_path / "op.json"
+    _result(smoke=True).save(path)
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("SMOKE TEST")
+    assert "speed-up" not in text
+    for option in (["--check"], ["--plots", str(tmp_path / "plots")]):
+        assert report.main([str(path), *option]) == 2
+        assert "smoke test" in capsys.readouterr().err
+
+
+def test_a_report_is_made_again_from_a_file_alone(tmp_path):
+    path = tmp_path / "op.json"
+    _result().save(path)
+    command = [sys.executable, "-m", "benchmarks.report", str(path), "--check"]
+    command += ["--plots", str(tmp_path / "plots")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    pictures = sorted((tmp_path / "plots").iterdir())
+    assert [each.name for each in pictures] == [
+        "op-h8192-bf16-ctas.png",
+        "op-h8192-bf16-tokens.png",
+    ]
+    for each in pictures:
+        assert each.read_bytes().startswith(b"\x89PNG")
+        assert each.stat().st_size > 20_000  # not an empty frame
+
+
+def test_a_report_of_a_bad_file_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "op.json").write_text('{"bench": "op"}')
+    assert report.main([str(tmp_path / "op.json")]) == 2
+    assert "op.json.rows: expected list, got nothing" in capsys.readouterr().err
+
+
+def test_a_plot_needs_two_cta_counts(tmp_path):
+    rows = tuple(row for row in _result().rows if row.variant in ("floor", "fused/8", "nccl+norm"))
+    paths = plot.plot(Result("op", META, rows), tmp_path, "x")
+    assert [path.name for path in paths] == ["x-h8192-bf16-tokens.png"]
+
+
+def test_one_switch_forbids_multicast_to_every_library():
+    environment = {"NCCL_NVLS_ENABLE": "0"}
+    with pytest.raises(switches.MulticastForbiddenError, match="would not know"):
+        switches.check("torch", False, environment)
+    switches.spread(environment)
+    assert environment == switches.SWITCHES
+    switches.check("torch", False, environment)
+    with pytest.raises(switches.MulticastForbiddenError, match="multimem uses NVLink multicast"):
+        switches.check("multimem", True, environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"NCCL_NVLS_ENABLE": "1"}])
+def test_without_a_switch_multicast_is_allowed(environment):
+    before = dict(environment)
+    switches.spread(environment)
+    assert environment == before
+    assert switches.forbidding(environment) == ""
+    switches.check("multimem", True, environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_the_command_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(["--tokens", "1"]) == 2
+    assert "needs NVIDIA GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--hidden", "8191"], "hidden 8191"),
+        (["--tokens", "1,x"], "'1,x'"),
+        (["--variants", "fused/3"], "variant 'fused/3': allowed are nccl"),
+        (["--world-size", "3"], "3 ranks on 2 GPUs"),
+        (["--seconds", "1"], "too few"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, wanted, capsys, monkeypatch):
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert main(arguments) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_versions_are_complete_and_the_commit_is_the_trees(tmp_path):
+    assert set(machine.versions()) == set(VERSIONS)
+    assert all(machine.versions().values())
+    with pytest.raises(RuntimeError, match="--commit"):
+        machine.git_commit(tmp_path)
