@@ -51,6 +51,7 @@ def run_rank(rank: int, link: Link, options: Options) -> None:
     link.phase("starting CUDA")
     device = torch.device("cuda", rank // options.ranks_per_gpu)
     torch.cuda.set_device(device)
+    torch.zeros(1, device=device)  # makes the context that the driver's calls need
     place = Place(rank, dist.get_world_size(), device, options.ranks_per_gpu)
     link.phase("mapping memory for the link's floor")
     copies = floors(place)

@@ -50,6 +50,41 @@ def check_sizes(max_tokens: int, hidden_size: int, world_size: int, dtype: torch
         )
 
 
+class Workspace:
+    """flashinfer's memory for its fused all-reduce, over unicast."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        max_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate on the current CUDA device; a collective call over a CPU group of one host.
+
+        Raises:
+            DisagreementError: on all ranks, when flashinfer is missing or fails on any.
+        """
+        self.comm, backend = step("importing flashinfer", group, lambda: _flashinfer(group))
+        options = {
+            "backend": "trtllm",  # unicast; "auto" may choose "mnnvl", which is multicast
+            "world_size": dist.get_world_size(group),
+            "rank": dist.get_rank(group),
+            "max_token_num": max_tokens,
+            "hidden_dim": hidden_size,
+            "dtype": dtype,
+            "comm_backend": backend,
+        }
+        self.handle = step("flashinfer's workspace", group, lambda: _create(self.comm, options))
+
+    def close(self) -> None:
+        """Release the memory; all ranks must have finished using it."""
+        # flashinfer keeps a reference of its own, which its `destroy` leaves.
+        self.comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(self.handle.ipc_handles)
+        self.handle.destroy()
+
+
 class OneShot:
     """`allreduce_rmsnorm` on the whole residual, for up to `max_tokens` tokens."""
 
@@ -76,15 +111,12 @@ class OneShot:
             ValueError: the kernel does not serve these sizes.
             DisagreementError: on all ranks, when flashinfer is missing or fails on any.
         """
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        check_sizes(max_tokens, hidden_size, dist.get_world_size(group), dtype)
         self.max_tokens = max_tokens
         self.hidden_size = hidden_size
         self.dtype = dtype
-        check_sizes(max_tokens, hidden_size, self.world_size, dtype)
-        self._comm, backend = step("importing flashinfer", group, lambda: _flashinfer(group))
-        self._workspace = step(
-            "flashinfer's workspace", group, lambda: self._make_workspace(backend)
+        self._workspace = Workspace(
+            group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype
         )
 
     def allreduce_rmsnorm(
@@ -95,11 +127,12 @@ class OneShot:
         eps: float,
         *,
         weight_offset: float = 0.0,
+        early_launch: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return RMSNorm(total) * (weight_offset + weight), and the total itself.
 
-        The total is the sum over ranks of x, plus the residual, in float32. Enqueued on the
-        current stream; capturable in a CUDA graph.
+        The total is the sum over ranks of x, in float32, rounded to the dtype, plus the residual.
+        Enqueued on the current stream; capturable in a CUDA graph.
 
         Args:
             x: `[num_tokens, hidden_size]`, this rank's partial sums; left as it is.
@@ -107,17 +140,21 @@ class OneShot:
             weight: `[hidden_size]`.
             eps: added to the mean of squares.
             weight_offset: 1.0 for norms that store their weight less one (Gemma).
+            early_launch: start while the kernel before is ending (programmatic dependent launch).
+                flashinfer's kernel reads residual and weight before it waits for that one, so
+                whatever wrote them must have ended when that one began.
 
         Raises:
             ValueError: a tensor is not what the kernel takes, or has too many tokens.
         """
         self._check(x, residual, weight)
         output, total = torch.empty_like(x), torch.empty_like(residual)
-        self._comm.allreduce_fusion(
+        comm = self._workspace.comm
+        comm.allreduce_fusion(
             input=x,
-            workspace=self._workspace,
-            pattern=self._comm.AllReduceFusionPattern.kARResidualRMSNorm,
-            launch_with_pdl=True,
+            workspace=self._workspace.handle,
+            pattern=comm.AllReduceFusionPattern.kARResidualRMSNorm,
+            launch_with_pdl=early_launch,
             trigger_completion_at_end=True,  # the next kernel need not know of this one
             residual_in=residual,
             residual_out=total,
@@ -132,22 +169,7 @@ class OneShot:
 
     def close(self) -> None:
         """Release the workspace; all ranks must have finished using it."""
-        self._workspace.destroy()
-
-    def _make_workspace(self, backend: Any) -> Any:
-        try:
-            return self._comm.create_allreduce_fusion_workspace(
-                backend="trtllm",  # unicast; "auto" may choose "mnnvl", which is multicast
-                world_size=self.world_size,
-                rank=self.rank,
-                max_token_num=self.max_tokens,
-                hidden_dim=self.hidden_size,
-                dtype=self.dtype,
-                comm_backend=backend,
-            )
-        except Exception as error:
-            # Of any kind (it compiles, allocates, exchanges), and the other ranks wait to be told.
-            raise FlashinferError(f"{type(error).__name__}: {error}") from error
+        self._workspace.close()
 
     def _check(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
         num_tokens = x.shape[0]
@@ -179,3 +201,11 @@ def _flashinfer(group: dist.ProcessGroup) -> tuple[Any, Any]:
         text = f"flashinfer is missing: pip install 'flashinfer-python>=0.6.15' ({error})"
         raise FlashinferError(text) from error
     return comm, TorchDistBackend(group=group)
+
+
+def _create(comm: Any, options: dict[str, Any]) -> Any:
+    try:
+        return comm.create_allreduce_fusion_workspace(**options)
+    except Exception as error:
+        # Of any kind (it compiles, allocates, exchanges), and the other ranks wait to be told.
+        raise FlashinferError(f"{type(error).__name__}: {error}") from error

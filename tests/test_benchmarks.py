@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bars, cases, machine, plot, report, roles, switches, table, timing
+from benchmarks import bars, cases, machine, op, plot, report, roles, switches, table, timing
 from benchmarks.bars import Verdict
 from benchmarks.cases import Case
 from benchmarks.op import main
+from benchmarks.ranks import RankError
 from benchmarks.roles import Role
 from benchmarks.schema import BENCHES, VERSIONS, Meta, Result, Row, SchemaError, load, parse
-from benchmarks.worker import VARIANTS
+from benchmarks.worker import VARIANTS, Report, run_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 META = Meta(
@@ -375,6 +376,28 @@ def test_the_command_needs_a_gpu(capsys, monkeypatch):
     assert "needs NVIDIA GPUs" in capsys.readouterr().err
 
 
+def test_versions_are_complete_and_the_commit_is_the_trees(tmp_path):
+    assert set(machine.versions()) == set(VERSIONS)
+    assert all(machine.versions().values())
+    with pytest.raises(RuntimeError, match="--commit"):
+        machine.git_commit(tmp_path)
+
+
+@pytest.fixture
+def machine_of_two(monkeypatch):
+    """Pretend to a machine with two GPUs, up to where a rank's process begins."""
+
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: ["580.65", "1980 MHz", "700 W"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
@@ -385,20 +408,64 @@ def test_the_command_needs_a_gpu(capsys, monkeypatch):
         (["--seconds", "1"], "too few"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, wanted, capsys, monkeypatch):
-    class Properties:
-        L2_cache_size = 50 * 2**20
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+def test_wrong_arguments_are_named(arguments, wanted, capsys, machine_of_two):
     assert main(arguments) == 2
     assert wanted in capsys.readouterr().err
 
 
-def test_versions_are_complete_and_the_commit_is_the_trees(tmp_path):
-    assert set(machine.versions()) == set(VERSIONS)
-    assert all(machine.versions().values())
-    with pytest.raises(RuntimeError, match="--commit"):
-        machine.git_commit(tmp_path)
+def _reports(end):
+    """Stand in for the ranks: two sizes, then an end of some kind."""
+
+    def run(function, world_size, options, *, deadline_s):
+        assert (function, world_size, deadline_s) == (run_rank, 2, 77)
+        assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+        yield 0, Report(absent={"flashinfer at h8192-bf16": "not installed"})
+        for case in options.cases:
+            yield 0, Report(tuple(_rows(case.tokens)))
+        yield from end()
+
+    return run
+
+
+def _fail():
+    yield 0, Report(absent={"fused/4 at h8192-bf16, 2 tokens": "wrong result: 1.0"})
+    raise RankError("rank 1 died in 'timing'\nmore")
+
+
+def _find_wrong():
+    yield 0, Report(absent={"fused/4 at h8192-bf16, 2 tokens": "wrong result: 1.0"})
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "absent"),
+    [
+        (list, 0, {}),
+        (_find_wrong, 1, {"fused/4 at h8192-bf16, 2 tokens": "wrong result: 1.0"}),
+        (
+            _fail,
+            1,
+            {
+                "fused/4 at h8192-bf16, 2 tokens": "wrong result: 1.0",
+                "run": "ended early: rank 1 died in 'timing'",
+            },
+        ),
+    ],
+)
+def test_nothing_that_was_measured_is_lost(
+    end, code, absent, tmp_path, capsys, machine_of_two, monkeypatch
+):
+    monkeypatch.setattr(op, "run_ranks", _reports(end))
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    path = tmp_path / "op.json"
+    arguments = ["--tokens", "2,1", "--hidden", "8192", "--deadline", "77", "--commit", "abcdef0"]
+    assert main([*arguments, "--output", str(path)]) == code
+    result = load(path)
+    assert result.rows == (*_rows(1), *_rows(2))
+    assert result.meta.absent == {"flashinfer at h8192-bf16": "not installed", **absent}
+    assert result.meta.world_size == 2
+    assert result.meta.multicast.startswith("NCCL_NVLS_ENABLE=0")
+    assert "--tokens 2,1" in result.meta.command
+    printed = capsys.readouterr()
+    assert "rounds: about" in printed.out
+    assert "absent: flashinfer at h8192-bf16: not installed" in printed.out
+    assert ("error: rank 1 died" in printed.err) == (end is _fail)

@@ -45,9 +45,15 @@ def _without_flashinfer():
 
 
 class _Workspace:
+    ipc_handles = object()
+
     def __init__(self, fails):
         if fails:
             raise KeyError("no memory")
+        self.destroyed = False
+
+    def destroy(self):
+        self.destroyed = True
 
 
 def _with_flashinfer(fails):
@@ -56,7 +62,8 @@ def _with_flashinfer(fails):
 
     def create(**arguments):
         asked["create"] = arguments
-        return _Workspace(fails)
+        asked["workspace"] = _Workspace(fails)
+        return asked["workspace"]
 
     def fuse(**arguments):
         asked["fuse"] = arguments
@@ -64,6 +71,8 @@ def _with_flashinfer(fails):
     comm = types.ModuleType("flashinfer.comm")
     comm.create_allreduce_fusion_workspace = create
     comm.allreduce_fusion = fuse
+    forget = "trtllm_destroy_ipc_workspace_for_all_reduce_fusion"
+    setattr(comm, forget, lambda handles: asked.update(forgotten=handles))
     comm.AllReduceFusionPattern = types.SimpleNamespace(kARResidualRMSNorm=1)
     mnnvl = types.ModuleType("flashinfer.comm.mnnvl")
     mnnvl.TorchDistBackend = lambda group: ("backend", group)
@@ -84,6 +93,10 @@ def _with_flashinfer(fails):
 def _calls(op, asked):
     x, residual = torch.zeros(2, 3, HIDDEN, dtype=torch.bfloat16)
     weight = torch.zeros(HIDDEN, dtype=torch.bfloat16)
+    op.allreduce_rmsnorm(x, residual, weight, EPS)
+    assert asked["fuse"]["launch_with_pdl"] is False  # it would read the residual too early
+    op.allreduce_rmsnorm(x, residual, weight, EPS, early_launch=True)
+    assert asked["fuse"]["launch_with_pdl"] is True
     output, total = op.allreduce_rmsnorm(x, residual, weight, EPS, weight_offset=1.0)
     given = asked["fuse"]
     assert given["norm_out"] is output
@@ -100,6 +113,9 @@ def _calls(op, asked):
         with pytest.raises(ValueError, match=r".") as refusal:
             op.allreduce_rmsnorm(*wrong, EPS)
         refusals.append(str(refusal.value))
+    op.close()
+    assert asked["forgotten"] is _Workspace.ipc_handles
+    assert asked["workspace"].destroyed
     plain = {name: given[name] for name in ("use_oneshot", "fp32_acc", "weight_bias", "pattern")}
     create = asked["create"] | {"comm_backend": asked["create"]["comm_backend"][0]}
     return create, plain, refusals
@@ -204,7 +220,8 @@ def test_matches_float64_and_all_ranks_hold_the_same_bits(case):
     # flashinfer compiles its kernels at first use: minutes.
     answers = run_ranks(_on_gpu, 2, case, timeout_s=600)
     for errors, values in answers:
-        # bf16 rounds to 2^-9 relative, 1.7e-3 rms on random data; twice that is allowed.
-        assert max(errors) < 4e-3
+        # bf16 rounds to 2^-9 relative, 1.7e-3 rms on random data. The kernel rounds three times
+        # (sum, residual, output): 1.7 times that; twice is allowed, as for one rounding.
+        assert max(errors) < 7e-3
         for value, first in zip(values, answers[0][1], strict=True):
             assert torch.equal(value, first)
