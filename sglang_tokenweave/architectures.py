@@ -51,11 +51,13 @@ def build_stages(architecture: Architecture, inner: Any) -> tuple[Stage, ...]:
         if hasattr(feed_forward, "down_proj"):  # dense; experts sum into a tensor of their own
             partials.redirect(feed_forward.down_proj)
         middle = getattr(layer, architecture.post_attention_norm)
+        stages.append(Stage(partials.attention(attention), middle.weight, middle.variance_epsilon))
+        computation = partials.feed_forward(feed_forward)
+        if following is None and not inner.pp_group.is_last_rank:
+            stages.append(Stage(computation, weight=None))
+            continue
         after = getattr(following, architecture.input_norm) if following else inner.norm
-        stages += [
-            Stage(partials.attention(attention), middle.weight, middle.variance_epsilon),
-            Stage(partials.feed_forward(feed_forward), after.weight, after.variance_epsilon),
-        ]
+        stages.append(Stage(computation, after.weight, after.variance_epsilon))
     return tuple(stages)
 
 
@@ -63,7 +65,8 @@ def norms(architecture: Architecture, inner: Any) -> list[Any]:
     """Return all RMSNorm modules that the woven loop replaces."""
     layers = inner.layers[inner.start_layer : inner.end_layer]
     names = (architecture.input_norm, architecture.post_attention_norm)
-    return [inner.norm, *(getattr(layer, name) for layer in layers for name in names)]
+    last = [inner.norm] if inner.pp_group.is_last_rank else []
+    return [*(getattr(layer, name) for layer in layers for name in names), *last]
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def own_reductions_left_out(architecture: Architecture, inner: Any) -> Iterator[
     guard = architecture.reduces_if_above_one
     with ExitStack() as stack:
         if guard:
-            for layer in inner.layers:
+            for layer in inner.layers[inner.start_layer : inner.end_layer]:
                 module = getattr(layer, architecture.feed_forward)
                 stack.callback(setattr, module, guard, getattr(module, guard))
                 setattr(module, guard, 1)

@@ -10,6 +10,7 @@ import torch
 from sglang_tokenweave import architectures, refusals, seams
 from sglang_tokenweave.agreement import gather
 from sglang_tokenweave.config import TokenWeaveConfig, describe, flag
+from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import Kind, PlanTable
 from sglang_tokenweave.reference import ReferenceTransport
 from sglang_tokenweave.refusals import ModelFacts
@@ -44,6 +45,8 @@ class State:
     model: str = ""
     rank: int = 0
     tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
 
     @property
     def is_active(self) -> bool:
@@ -77,9 +80,10 @@ def after_load_model(result: None, model_runner: Any) -> None:
     if state.reasons or seam_problems:  # the same on all ranks: they run the same SGLang
         _decline((*state.reasons, *seam_problems))
         return
-    group = seams.tensor_parallel_group()
+    group, pipeline = seams.tensor_parallel_group(), seams.pipeline_group()
     state.rank, state.tp_size = group.rank_in_group, group.world_size
-    reasons = _vote(_reasons(model_runner), group)
+    state.pp_rank, state.pp_size = pipeline.rank_in_group, pipeline.world_size
+    reasons = _vote(_vote(_reasons(model_runner), group), pipeline)
     if reasons:
         _decline(reasons)
     else:
@@ -155,12 +159,11 @@ def _facts(model_runner: Any) -> ModelFacts:
 
 
 def _is_plain(norm: Any) -> bool:
-    # A pipeline's stage has a stand-in without these where the norm belongs to another stage.
     return not any(getattr(norm, name, None) for name in _NORM_VARIANTS)
 
 
 def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
-    """Return the reasons of all ranks: what one cannot do, none does."""
+    """Return the reasons of all ranks of a group: what one cannot do, none does."""
     ballots = gather(reasons, group.cpu_group)
     return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot))
 
@@ -169,7 +172,9 @@ def _install(model_runner: Any) -> None:
     config = state.config
     device = torch.device(model_runner.device)
     hf_config = model_runner.model_config.hf_config
-    transport = ReferenceTransport.create(device)
+    inner = model_runner.model.model
+    place = PipelineStage.of(inner)
+    transport = ReferenceTransport.create(device, place.group.ranks)
     buffer = transport.allocate(
         _capacity(seams.resolved_arguments()), hf_config.hidden_size, model_runner.dtype
     )
@@ -180,12 +185,12 @@ def _install(model_runner: Any) -> None:
         ctas=config.ctas,
         fuse_ctas=config.fuse_ctas,
     )
-    inner = model_runner.model.model
     architecture = architectures.ARCHITECTURES[state.model]
     model = Model(
         inner=inner,
         original=inner.forward,
         architecture=architecture,
+        place=place,
         first_norm=getattr(inner.layers[inner.start_layer], architecture.input_norm),
         stages=architectures.build_stages(architecture, inner),
         layer=architectures.layer_shape(hf_config, state.tp_size),
@@ -220,7 +225,7 @@ def _decline(reasons: tuple[str, ...]) -> None:
     text = "; ".join(reasons)
     if state.config.strict:
         raise RefusedError(f"TokenWeave is strict and cannot be active: {text}")
-    if state.rank == 0:
+    if state.rank == state.pp_rank == 0:
         logger.warning("TokenWeave is NOT active, %s runs stock: %s", state.model, text)
 
 
@@ -231,10 +236,11 @@ def _announce(runtime: Runtime) -> None:
     fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
     decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
     logger.info(
-        "TokenWeave ACTIVE: %s, tp=%d, transport=%s | prefill woven: >= %d tokens | "
+        "TokenWeave ACTIVE: %s, tp=%d, %stransport=%s | prefill woven: >= %d tokens | "
         "fused unsplit: %s | decode woven: %s | buffer: %d tokens%s",
         state.model,
         state.tp_size,
+        f"pipeline stage {state.pp_rank + 1} of {state.pp_size}, " if state.pp_size > 1 else "",
         runtime.transport.name,
         config.min_tokens,
         fuse,

@@ -3,7 +3,7 @@
 It runs on a CPU (gloo) and on GPUs (NCCL), beside the caller: on a worker thread or a side stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,10 +83,20 @@ class ReferenceTransport:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenweave-reference")
 
     @classmethod
-    def create(cls, device: torch.device) -> "ReferenceTransport":
-        """Make a process group of its own over all ranks of this job; a collective call."""
+    def create(
+        cls, device: torch.device, ranks: Sequence[int] | None = None
+    ) -> "ReferenceTransport":
+        """Make a process group of its own; a collective call of its ranks and nobody else.
+
+        Args:
+            device: where the tensors are.
+            ranks: global ranks of the tensor-parallel group; None: all of this job.
+        """
+        members = list(ranks) if ranks else None
         backend = "nccl" if device.type == "cuda" else "gloo"
-        return cls(dist.new_group(backend=backend, timeout=DEADLINE), device)
+        # Other pipeline stages make theirs when they are ready, if at all.
+        group = dist.new_group(members, DEADLINE, backend, use_local_synchronization=True)
+        return cls(group, device)
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate ordinary memory: this transport sends copies."""

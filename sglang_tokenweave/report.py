@@ -25,6 +25,7 @@ def server_info(current: State) -> dict[str, Any]:
         "sglang": importlib.metadata.version("sglang"),
         "model": current.model,
         "tp_size": current.tp_size,
+        "pp_size": current.pp_size,
         "transport": current.runtime.transport.name if current.runtime else "",
         "config": current.config.as_dict(),
         **stats.as_dict(),

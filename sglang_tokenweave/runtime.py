@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave import architectures, seams, weave
+from sglang_tokenweave import architectures, pipeline, seams, weave
 from sglang_tokenweave.architectures import Architecture
+from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan, PlanTable, plan_batch, where_cut
 from sglang_tokenweave.reference import rmsnorm
 from sglang_tokenweave.split import UnsplittableError, check_fields, cut_batch, lengths_of
@@ -29,6 +30,7 @@ class Model:
     inner: Any  # the `XModel` with embed_tokens, layers and norm
     original: Callable[..., Any]  # its stock forward
     architecture: Architecture
+    place: PipelineStage
     first_norm: Any  # SGLang's RMSNorm module before the first attention
     stages: tuple[Stage, ...]
     layer: LayerShape
@@ -83,7 +85,8 @@ class Runtime:
         """Run the layers as planned; the stock loop where there is nothing to gain or to trust.
 
         Returns:
-            `[num_tokens, hidden_size]`, normalised by the final norm, as the stock loop does.
+            What the stock loop does: `[num_tokens, hidden_size]`, normalised by the final norm, or
+            PPProxyTensors where another pipeline stage follows.
         """
 
         def stock() -> Any:
@@ -101,11 +104,16 @@ class Runtime:
             if plan.kind is Kind.OFF:
                 return stock()
             parts = self._split(forward_batch, plan, input_embeds)
+            hidden_states, residual = self._first_inputs(input_ids, pp_proxy_tensors)
         except UnsplittableError as error:
             self._fall_back(str(error))
             return stock()
         self._count(shape, plan)
-        output = self._run(input_ids, parts, plan)
+        halves = self._run(hidden_states, residual, parts, plan)
+        if not self.model.place.is_last:
+            handed_over = pipeline.hand_over(self.buffer, halves, self.model.place.group)
+            return seams.pipeline_proxy(*handed_over)
+        output = self.buffer.slot(0, shape.num_tokens).tensor
         # The buffer is written again by the next batch; captured states outlive this one.
         return output.clone() if forward_batch.capture_hidden_mode.need_capture() else output
 
@@ -129,37 +137,49 @@ class Runtime:
                 reason,
             )
 
-    def _run(self, input_ids: torch.Tensor, parts: tuple[Any, ...], plan: Plan) -> torch.Tensor:
-        embedded = self.model.inner.embed_tokens(input_ids)
-        whole = self.buffer.slot(0, embedded.shape[0])
+    def _first_inputs(
+        self, input_ids: torch.Tensor, proxy: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the hidden states and the residual that the first layer here begins with."""
+        if self.model.place.is_first:
+            return self.model.inner.embed_tokens(input_ids), None
+        return pipeline.take_over(proxy, input_ids.shape[0])
+
+    def _run(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        parts: tuple[Any, ...],
+        plan: Plan,
+    ) -> tuple[Half, ...]:
         norm = self.model.first_norm
-        normalised, _ = rmsnorm(embedded, None, norm.weight, norm.variance_epsilon)
-        whole.tensor.copy_(normalised)
-        halves = self._halves(embedded, parts)
+        normalised, total = rmsnorm(hidden_states, residual, norm.weight, norm.variance_epsilon)
+        self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
+        halves = self._halves(total.to(hidden_states.dtype), parts)
         with (
             seams.partial_sums(),
             architectures.own_reductions_left_out(self.model.architecture, self.model.inner),
         ):
             weave.run(self.model.stages, halves, plan, self.transport)
-        return whole.tensor
+        return halves
 
-    def _halves(self, embedded: torch.Tensor, parts: tuple[Any, ...]) -> tuple[Half, ...]:
+    def _halves(self, residual: torch.Tensor, parts: tuple[Any, ...]) -> tuple[Half, ...]:
         halves = []
         start = 0
         backends = self._backends if len(parts) > 1 else (None,)
         for part, backend in zip(parts, backends, strict=True):
             slot = self.buffer.slot(start, start + part.input_ids.shape[0])
-            halves.append(self._half(slot, embedded[start:], part, backend))
+            halves.append(self._half(slot, residual[start:], part, backend))
             start += slot.num_tokens
         return tuple(halves)
 
-    def _half(self, slot: Slot, embedded: torch.Tensor, part: Any, backend: Any) -> Half:
+    def _half(self, slot: Slot, residual: torch.Tensor, part: Any, backend: Any) -> Half:
         owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
         if backend is not None:
             backend.init_forward_metadata(part)
         return Half(
             slot=slot,
-            residual=embedded[owned].clone(),
+            residual=residual[owned].clone(),
             positions=part.positions,
             batch=part,
             context=partial(seams.attention_context, backend, part) if backend else nullcontext,

@@ -27,6 +27,7 @@ _NEEDED_OBJECTS = (
     "runtime_context:get_context",
     "runtime_context:get_forward",
     "model_executor.forward_batch_info:ForwardBatch",
+    "model_executor.forward_batch_info:PPProxyTensors",
     "model_executor.model_runner:ModelRunner._get_attention_backend",
     "layers.moe.utils:should_skip_mlp_all_reduce",
 )
@@ -64,6 +65,17 @@ def _probe_parameters(path: str, wanted: tuple[str, ...]) -> str | None:
 def tensor_parallel_group() -> Any:
     """Return SGLang's GroupCoordinator of the tensor-parallel ranks."""
     return _resolve("runtime_context:get_parallel")().tp_group
+
+
+def pipeline_group() -> Any:
+    """Return SGLang's GroupCoordinator of the same rank in all pipeline stages."""
+    return _resolve("runtime_context:get_parallel")().pp_group
+
+
+def pipeline_proxy(hidden_states: torch.Tensor, residual: torch.Tensor) -> Any:
+    """Return what a pipeline stage hands over, as SGLang's forward does."""
+    proxy = _resolve("model_executor.forward_batch_info:PPProxyTensors")
+    return proxy({"hidden_states": hidden_states, "residual": residual})
 
 
 def resolved_arguments() -> dict[str, Any]:

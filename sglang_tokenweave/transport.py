@@ -21,13 +21,17 @@ class Slot:
     def num_tokens(self) -> int:
         return self.tensor.shape[0]
 
+    def share(self, world_size: int) -> int:
+        """Return the rows that each rank owns, the last ones at most."""
+        return -(-self.num_tokens // world_size)
+
     def owned_rows(self, rank: int, world_size: int) -> slice:
         """Return the rows that `rank` alone reduces, normalises and keeps the residual of.
 
         Shares are contiguous and of ceil(num_tokens / world_size) rows; the last ones may be short
         or empty.
         """
-        share = -(-self.num_tokens // world_size)
+        share = self.share(world_size)
         return slice(min(rank * share, self.num_tokens), min((rank + 1) * share, self.num_tokens))
 
 
@@ -79,7 +83,8 @@ class StreamPending:
 class Transport(Protocol):
     """The communication op of one tensor-parallel group.
 
-    All ranks make the same calls in the same order.
+    All ranks make the same calls in the same order. What a pipeline stage hands over is gathered by
+    SGLang's own group and not by the transport (pipeline.py).
     """
 
     name: str

@@ -34,8 +34,8 @@ class Stage:
     """A computation that leaves partial sums in the slot, and the norm that follows their sum."""
 
     compute: Callable[[Half], None]
-    weight: torch.Tensor  # [hidden_size]
-    eps: float
+    weight: torch.Tensor | None  # [hidden_size]; None: the norm is that of the next pipeline stage
+    eps: float = 0.0
 
 
 def run(stages: Sequence[Stage], halves: Sequence[Half], plan: Plan, transport: Transport) -> None:
@@ -49,6 +49,8 @@ def run(stages: Sequence[Stage], halves: Sequence[Half], plan: Plan, transport: 
         for half in halves:
             half.wait()
             stage.compute(half)
+            if stage.weight is None:
+                continue
             # Nothing is left to compute beside the very last op, nor beside an unsplit batch.
             last = stage is stages[-1] and half is halves[-1]
             beside = plan.kind is Kind.WEAVE and not last

@@ -8,7 +8,6 @@ from sglang_tokenweave.refusals import ModelFacts
 LLAMA = ModelFacts(architecture="LlamaForCausalLM", is_supported=True)
 PLAIN = {
     "tp_size": 2,
-    "pp_size": 1,
     "ep_size": 1,
     "enable_lora": None,
     "lora_paths": [],
@@ -30,7 +29,6 @@ def test_a_plain_server_is_woven():
         ("lora_paths", ["a=b"], "LoRA"),
         ("enable_dp_attention", True, "data-parallel attention"),
         ("speculative_algorithm", "EAGLE3", "speculative decoding"),
-        ("pp_size", 2, "pipeline parallelism"),
         ("ep_size", 2, "expert parallelism"),
         ("moe_a2a_backend", "deepep", "all-to-all expert dispatch"),
         ("attn_cp_size", 2, "context parallelism"),
@@ -50,6 +48,7 @@ def test_a_plain_server_is_woven():
         ("enable_nvidia_megakernel", True, "megakernel"),
         ("dllm_algorithm", "LowConfidence", "diffusion"),
         ("use_ray", True, "Ray"),
+        ("enable_attn_tp_input_scattered", True, "scattered attention inputs"),
     ],
 )
 def test_each_feature_is_refused_by_name(argument, value, named):
@@ -81,9 +80,13 @@ def test_each_model_is_refused_by_name(facts, named):
 
 
 def test_all_reasons_are_given_and_a_feature_once():
-    arguments = {**PLAIN, "tp_size": 1, "enable_lora": True, "lora_paths": ["a"], "pp_size": 2}
+    arguments = {**PLAIN, "tp_size": 1, "enable_lora": True, "lora_paths": ["a"], "ep_size": 2}
     reasons = refusals.find(arguments, LLAMA)
     assert len(reasons) == 3
+
+
+def test_a_pipeline_is_woven():
+    assert refusals.find({**PLAIN, "pp_size": 4, "enable_dynamic_chunking": True}, LLAMA) == ()
 
 
 def test_attention_backends():

@@ -1,14 +1,12 @@
 """What is not woven runs stock and says why, or, strictly, does not run; bad flags stop at once."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import workloads
 from server import Server
-
-from sglang_tokenweave import cpu
 
 pytestmark = pytest.mark.server
 
@@ -21,14 +19,9 @@ class Case:
     flags: tuple[str, ...] = ()
     architecture: str = "llama"
     tp: int = 2
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 GEMMA = Case("architecture Gemma2ForCausalLM is not supported", architecture="gemma2")
-# A CPU runs two pipeline stages only if every rank of them is given its cores.
-PIPELINE = Case(
-    "not supported with pipeline parallelism", ("--pp-size", "2"), environment=cpu.environment(4)
-)
 ONE_RANK = Case("tensor parallel size is 1", tp=1)
 LORA = Case(
     "not supported with LoRA",
@@ -40,7 +33,7 @@ DP_ATTENTION = Case(
 
 # One rank, not strict: tests/test_equality.py. With LoRA or data-parallel attention SGLang does not
 # serve on a CPU at all, but a strict server is refused before that shows.
-RUN_STOCK = {"gemma2": GEMMA, "pipeline": PIPELINE}
+RUN_STOCK = {"gemma2": GEMMA}
 STOP = {
     "one-rank": ONE_RANK,
     "lora": LORA,
@@ -59,8 +52,7 @@ def test_runs_stock_and_says_why(case: Case, model: Callable[[str], Path]) -> No
         assert all(len(answer.tokens) == 16 for answer in answers)
         lines = [line for line in server.log().splitlines() if "TokenWeave" in line]
     said = [line for line in lines if "NOT active" in line and case.reason in line]
-    # One line, not one from each rank; every stage of a pipeline has a first rank.
-    assert 1 <= len(said) <= (2 if case is PIPELINE else 1), lines
+    assert len(said) == 1, lines  # and not one from each rank
 
 
 @pytest.mark.parametrize("case", STOP.values(), ids=STOP.keys())
@@ -141,6 +133,4 @@ def test_bad_flags_stop_at_once(name: str, refused: dict[str, Server]) -> None:
 
 
 def _server(case: Case, model: Callable[[str], Path], *flags: str) -> Server:
-    return Server(
-        model(case.architecture), case.tp, (*flags, *case.flags), environment=case.environment
-    )
+    return Server(model(case.architecture), case.tp, (*flags, *case.flags))
