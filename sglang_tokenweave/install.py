@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave import architectures, refusals, seams
+from sglang_tokenweave import architectures, refusals, seams, topology
 from sglang_tokenweave.agreement import gather
 from sglang_tokenweave.config import TokenWeaveConfig, describe, flag
 from sglang_tokenweave.pipeline import PipelineStage
@@ -83,7 +83,7 @@ def after_load_model(result: None, model_runner: Any) -> None:
     group, pipeline = seams.tensor_parallel_group(), seams.pipeline_group()
     state.rank, state.tp_size = group.rank_in_group, group.world_size
     state.pp_rank, state.pp_size = pipeline.rank_in_group, pipeline.world_size
-    reasons = _vote(_vote(_reasons(model_runner), group), pipeline)
+    reasons = _vote(_vote(_reasons(model_runner, group), group), pipeline)
     if reasons:
         _decline(reasons)
     else:
@@ -125,9 +125,13 @@ def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool
     return bool(original(runner, forward_batch))
 
 
-def _reasons(model_runner: Any) -> tuple[str, ...]:
+def _reasons(model_runner: Any, group: Any) -> tuple[str, ...]:
     arguments = seams.resolved_arguments()
     reasons = refusals.find(arguments, _facts(model_runner))
+    hosts = gather(topology.Host.this(), group.cpu_group)
+    transport = "reference" if model_runner.device == "cpu" else state.config.transport
+    scattered = topology.reason(hosts, transport, shares_nvlink_domain=False)
+    reasons += (scattered,) if scattered else ()
     num_sms = _num_sms(torch.device(model_runner.device))
     if num_sms - state.config.ctas < LEAST_SMS:
         reasons += (
