@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
+from sglang_tokenweave import refusals
 from sglang_tokenweave.config import TRANSPORTS, ConfigError, TokenWeaveConfig, export, flag
 
 
@@ -44,8 +45,17 @@ def add_arguments(result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(result: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse contradictory flags before anything starts (AFTER hook on `from_cli_args`)."""
-    read_or_exit()
+    """Refuse contradictory flags before anything starts (AFTER hook on `from_cli_args`).
+
+    Here and not at load is also where `result`, SGLang's arguments, must be checked for what keeps
+    us out of the workers.
+    """
+    config = read_or_exit()
+    reason = refusals.launch_reason(result) if config.enabled else None
+    if reason and config.strict:
+        _exit(f"TokenWeave is strict and cannot be active: {reason}")
+    if reason:
+        _say(f"TokenWeave is NOT active, the server runs stock: {reason}")
 
 
 def read_or_exit() -> TokenWeaveConfig:
@@ -56,5 +66,13 @@ def read_or_exit() -> TokenWeaveConfig:
     try:
         return TokenWeaveConfig.from_environment()
     except ConfigError as error:
-        print(f"sglang_tokenweave: error: {error}", file=sys.stderr)  # noqa: T201 - like argparse
-        raise SystemExit(2) from error
+        _exit(str(error))
+
+
+def _exit(problem: str) -> NoReturn:
+    _say(f"error: {problem}")
+    raise SystemExit(2)
+
+
+def _say(text: str) -> None:
+    print(f"sglang_tokenweave: {text}", file=sys.stderr)  # noqa: T201 - like argparse

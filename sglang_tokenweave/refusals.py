@@ -63,7 +63,6 @@ RULES = (
     Rule("enable_memory_saver", _is_set, "memory saver"),
     Rule("enable_nvidia_megakernel", _is_set, "megakernel"),
     Rule("dllm_algorithm", _is_set, "diffusion language models"),
-    Rule("use_ray", _is_set, "Ray, whose workers do not inherit the environment"),
 )
 
 
@@ -81,6 +80,17 @@ def find(arguments: Mapping[str, Any], model: ModelFacts) -> tuple[str, ...]:
     features = {rule.feature: None for rule in RULES if rule.excludes(arguments.get(rule.argument))}
     reasons += [f"not supported with {feature}" for feature in features]
     return (*reasons, *_model_reasons(model))
+
+
+def launch_reason(arguments: Any) -> str | None:
+    """Return why the workers of this server would not even load this extension, or None.
+
+    Args:
+        arguments: SGLang's ServerArgs, as given.
+    """
+    if not getattr(arguments, "use_ray", False):
+        return None
+    return "not supported with Ray (--use-ray), whose workers do not load SGLang's plugins"
 
 
 def _model_reasons(model: ModelFacts) -> list[str]:

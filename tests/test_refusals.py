@@ -1,8 +1,11 @@
 """Everything that is not woven is named."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from sglang_tokenweave import refusals
+from sglang_tokenweave import flags, refusals
+from sglang_tokenweave.config import ENVIRONMENT_VARIABLE
 from sglang_tokenweave.refusals import ModelFacts
 
 LLAMA = ModelFacts(architecture="LlamaForCausalLM", is_supported=True)
@@ -47,7 +50,6 @@ def test_a_plain_server_is_woven():
         ("enable_memory_saver", True, "memory saver"),
         ("enable_nvidia_megakernel", True, "megakernel"),
         ("dllm_algorithm", "LowConfidence", "diffusion"),
-        ("use_ray", True, "Ray"),
         ("enable_attn_tp_input_scattered", True, "scattered attention inputs"),
     ],
 )
@@ -87,6 +89,24 @@ def test_all_reasons_are_given_and_a_feature_once():
 
 def test_a_pipeline_is_woven():
     assert refusals.find({**PLAIN, "pp_size": 4, "enable_dynamic_chunking": True}, LLAMA) == ()
+
+
+def test_ray_is_refused_where_the_server_is_launched():
+    assert refusals.launch_reason(SimpleNamespace(**PLAIN)) is None
+    assert "Ray (--use-ray)" in refusals.launch_reason(SimpleNamespace(**PLAIN, use_ray=True))
+
+
+def test_ray_is_said_or_stops_a_strict_launch(monkeypatch, capsys):
+    with_ray = SimpleNamespace(use_ray=True)
+    flags.check_arguments(with_ray)  # not switched on: nothing of ours to say
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"enabled": true}')
+    flags.check_arguments(with_ray)
+    assert "TokenWeave is NOT active, the server runs stock: not supp" in capsys.readouterr().err
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"enabled": true, "strict": true}')
+    with pytest.raises(SystemExit, match="2"):
+        flags.check_arguments(with_ray)
+    assert "error: TokenWeave is strict" in capsys.readouterr().err
 
 
 def test_attention_backends():

@@ -89,6 +89,7 @@ BAD_FLAGS = {
         ("--tokenweave-decode-min-tokens", "1"),
         ("--tokenweave-decode-min-tokens",),
     ),
+    "ray": ("tokenweave", ("--use-ray", "--tokenweave-strict"), ("strict", "Ray (--use-ray)")),
     "unknown-transport": (
         "tokenweave",
         ("--tokenweave-transport", "pigeon"),
