@@ -214,6 +214,8 @@ def _uninstall(runtime: Runtime) -> None:
 def _capacity(arguments: Mapping[str, Any]) -> int:
     """Return the rows of the largest batch that is ever planned: one chunk, or all decodes."""
     chunk = arguments["chunked_prefill_size"] or 0
+    if arguments["enable_dynamic_chunking"]:
+        chunk += chunk // 4  # at start SGLang times chunks up to there, to fit one model to all
     prefill = chunk if chunk > 0 else arguments["max_prefill_tokens"]
     return max(prefill, arguments["max_running_requests"] or 0, 512)
 
