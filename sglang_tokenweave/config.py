@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 ENVIRONMENT_VARIABLE = "SGLANG_TOKENWEAVE"
-TRANSPORTS = ("auto", "reference")
+TRANSPORTS = ("auto", "reference", "peer", "multicast")
 
 
 class ConfigError(ValueError):
@@ -33,7 +33,9 @@ class TokenWeaveConfig:
     enabled: bool = _option(False, "switch TokenWeave on")
     strict: bool = _option(False, "stop with an error if anything asked for cannot be active")
     transport: str = _option(
-        "auto", "who moves the bytes: 'reference' is torch.distributed; 'auto' the best there is"
+        "auto",
+        "who moves the bytes: 'reference' is torch.distributed, 'peer' and 'multicast' the fused "
+        "kernel over NVLink; 'auto' the best there is",
     )
     min_tokens: int = _option(1024, "smallest prefill batch, in tokens, that is woven")
     fuse_min_tokens: int = _option(

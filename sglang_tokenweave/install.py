@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave import architectures, refusals, seams, topology
-from sglang_tokenweave.agreement import gather
-from sglang_tokenweave.config import TokenWeaveConfig, describe, flag
+from sglang_tokenweave import architectures, refusals, seams, topology, transports
+from sglang_tokenweave.agreement import DisagreementError, gather
+from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import Kind, PlanTable
-from sglang_tokenweave.reference import ReferenceTransport
 from sglang_tokenweave.refusals import ModelFacts
 from sglang_tokenweave.runtime import Model, Runtime
 from sglang_tokenweave.split import UnsplittableError
@@ -86,8 +85,11 @@ def after_load_model(result: None, model_runner: Any) -> None:
     reasons = _vote(_vote(_reasons(model_runner, group), group), pipeline)
     if reasons:
         _decline(reasons)
-    else:
+        return
+    try:
         _install(model_runner)
+    except DisagreementError as error:  # the same on all ranks
+        _decline((str(error),))
 
 
 def after_init_attention_backends(result: None, model_runner: Any) -> None:
@@ -128,36 +130,44 @@ def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool
 def _reasons(model_runner: Any, group: Any) -> tuple[str, ...]:
     arguments = seams.resolved_arguments()
     reasons = refusals.find(arguments, _facts(model_runner))
+    device = torch.device(model_runner.device)
+    transport = transports.resolve(state.config.transport, device)
     hosts = gather(topology.Host.this(), group.cpu_group)
-    transport = "reference" if model_runner.device == "cpu" else state.config.transport
     scattered = topology.reason(hosts, transport, shares_nvlink_domain=False)
     reasons += (scattered,) if scattered else ()
-    num_sms = _num_sms(torch.device(model_runner.device))
+    num_sms = _num_sms(device)
     if num_sms - state.config.ctas < LEAST_SMS:
         reasons += (
             f"{describe('ctas')} is {state.config.ctas}; of {num_sms} SMs that leaves fewer than "
             f"{LEAST_SMS} to the computation",
         )
-    if model_runner.device != "cpu" and state.config.transport == "auto":
-        reasons += (
-            "no device transport is ready in this release, so stock is faster "
-            f"({flag('transport')} reference weaves all the same, for checks)",
-        )
-    return reasons
+    return reasons + transports.reasons(
+        transport,
+        device,
+        group.world_size,
+        model_runner.dtype,
+        model_runner.model_config.hf_config.hidden_size,
+        [norm.weight.dtype for norm in _norms(model_runner.model) if hasattr(norm, "weight")],
+    )
+
+
+def _norms(model: Any) -> list[Any]:
+    architecture = architectures.ARCHITECTURES.get(type(model).__name__)
+    inner = getattr(model, "model", None)
+    return architectures.norms(architecture, inner) if architecture else []
 
 
 def _facts(model_runner: Any) -> ModelFacts:
     model, config = model_runner.model, model_runner.model_config
     architecture = architectures.ARCHITECTURES.get(type(model).__name__)
     inner = getattr(model, "model", None)
-    norms = architectures.norms(architecture, inner) if architecture else []
     return ModelFacts(
         architecture=type(model).__name__,
         is_supported=architecture is not None,
         is_multimodal=config.is_multimodal,
         is_mla=config.attention_arch.name == "MLA",
         captures_layers=bool(getattr(inner, "layers_to_capture", ())),
-        has_plain_norms=all(_is_plain(norm) for norm in norms),
+        has_plain_norms=all(_is_plain(norm) for norm in _norms(model)),
         has_megakernel="_megakernel" in vars(model),
     )
 
@@ -178,10 +188,13 @@ def _install(model_runner: Any) -> None:
     hf_config = model_runner.model_config.hf_config
     inner = model_runner.model.model
     place = PipelineStage.of(inner)
-    transport = ReferenceTransport.create(device, place.group.ranks)
-    buffer = transport.allocate(
-        _capacity(seams.resolved_arguments()), hf_config.hidden_size, model_runner.dtype
-    )
+    transport = transports.create(transports.resolve(config.transport, device), device, place.group)
+    capacity = _capacity(seams.resolved_arguments())
+    try:
+        buffer = transport.allocate(capacity, hf_config.hidden_size, model_runner.dtype)
+    except DisagreementError:
+        transport.close()
+        raise
     table = PlanTable.from_thresholds(
         min_tokens=config.min_tokens,
         fuse_min_tokens=config.fuse_min_tokens,

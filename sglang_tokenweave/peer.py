@@ -1,11 +1,11 @@
-"""The transport over unicast NVLink: the fused kernel on memory that all ranks have mapped."""
+"""The transports of the fused kernel: on memory that all ranks have mapped, by NVLink."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave.agreement import step
+from sglang_tokenweave.agreement import DisagreementError, step
 from sglang_tokenweave.fused import SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8, choose_variant
 from sglang_tokenweave.symmetric import PeerMemory
@@ -33,18 +33,23 @@ class _Region:
         offset = slot.tensor.data_ptr() - self.buffer.tensor.data_ptr()
         if not 0 <= offset < self.buffer.tensor.nbytes:
             return None
-        addresses = tuple(address + offset for address in self.memory.addresses)
-        if slot.scales is None or self.buffer.scales is None:
-            return Rows(slot, addresses, offset=offset)
+        if slot.scales is None:
+            return Rows(slot, self._everywhere(offset), offset=offset)
         scales_offset = slot.scales.data_ptr() - self.buffer.tensor.data_ptr()
-        scales = tuple(address + scales_offset for address in self.memory.addresses)
-        return Rows(slot, addresses, scales, offset)
+        return Rows(slot, self._everywhere(offset), self._everywhere(scales_offset), offset)
+
+    def _everywhere(self, offset: int) -> tuple[int, ...]:
+        """Return the addresses, of all ranks' memory, that the kernel takes."""
+        multicast = self.memory.multicast_address
+        starts = self.memory.addresses if multicast is None else [multicast]
+        return tuple(start + offset for start in starts)
 
 
 class PeerTransport:
     """`allreduce_rmsnorm` by one kernel over unicast addresses."""
 
     name = "peer"
+    _is_multicast = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Prepare signals; a collective call over `group`, a CPU group of one host.
@@ -58,7 +63,13 @@ class PeerTransport:
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
-        self._op = FusedOp(self.rank, self.world_size, device, self._signals.addresses)
+        self._op = FusedOp(
+            self.rank,
+            self.world_size,
+            device,
+            self._signals.addresses,
+            is_multicast=self._is_multicast,
+        )
         self._regions: list[_Region] = []
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
@@ -69,10 +80,11 @@ class PeerTransport:
             DisagreementError: on all ranks, when memory cannot be shared.
         """
         if dtype != FP8:
-            choose_variant(dtype, self.world_size, hidden_size)  # refuse before anything is made
+            # Refuse before anything is made.
+            choose_variant(dtype, self.world_size, hidden_size, is_multicast=self._is_multicast)
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0
-        memory = PeerMemory(capacity * (row_bytes + scale_bytes), self._device, self._group)
+        memory = self._share(capacity * (row_bytes + scale_bytes))
         rows_bytes = capacity * row_bytes
         rows = memory.bytes[:rows_bytes].view(dtype).view(capacity, hidden_size)
         scales = None
@@ -128,6 +140,9 @@ class PeerTransport:
             region.memory.close()
         self._signals.close()
 
+    def _share(self, num_bytes: int) -> PeerMemory:
+        return PeerMemory(num_bytes, self._device, self._group)
+
     def _prepare(self) -> None:
         """Compile what the buffers can ask for: each dtype into itself and, with FP8 rows, FP8."""
         kinds = {(r.buffer.tensor.dtype, r.buffer.tensor.shape[1]) for r in self._regions}
@@ -142,3 +157,18 @@ class PeerTransport:
             if rows is not None:
                 return rows
         raise ValueError("the rows are of no buffer of this transport: take them from `allocate`")
+
+
+class MulticastTransport(PeerTransport):
+    """`allreduce_rmsnorm` by one kernel over NVSwitch multicast: the switch adds and copies."""
+
+    name = "multicast"
+    _is_multicast = True
+
+    def _share(self, num_bytes: int) -> PeerMemory:
+        memory = PeerMemory(num_bytes, self._device, self._group, use_multicast=True)
+        if memory.multicast_address is None:
+            reason = memory.why_no_multicast
+            memory.close()
+            raise DisagreementError(f"multicast is not available: {reason}")
+        return memory

@@ -1,0 +1,84 @@
+"""Which transport a server gets, and why not; creating one that multicast's switches forbid."""
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from sglang_tokenweave import transports
+from sglang_tokenweave.config import TRANSPORTS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+
+
+def reasons(name, device=GPU, world_size=2, dtype=BF16, hidden_size=4096, norms=(BF16,)):
+    name = transports.resolve(name, device)
+    return transports.reasons(name, device, world_size, dtype, hidden_size, norms)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_cpu_is_served_by_the_reference(name):
+    assert transports.resolve(name, CPU) == "reference"
+    assert reasons(name, CPU, world_size=3, dtype=torch.float32) == ()
+
+
+@pytest.mark.parametrize("name", ["peer", "multicast"])
+def test_a_gpu_is_served_as_asked_and_a_cpu_is_told_why_not(name, hopper):
+    assert reasons(name) == ()
+    (reason,) = reasons(name, CPU)
+    assert f"(transport) is '{name}'" in reason
+    assert "use reference" in reason
+
+
+def test_auto_on_a_gpu_says_what_else_there_is(hopper):
+    (reason,) = reasons("auto")
+    assert all(name in reason for name in TRANSPORTS if name != "auto")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"world_size": 3}, "3 ranks"),
+        ({"dtype": torch.float32, "norms": (torch.float32,)}, "dtype torch.float32"),
+        ({"hidden_size": 4100}, "hidden_size 4100"),
+        ({"norms": (BF16, torch.float32)}, "norms are torch.float32 and activations torch.bf"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_is_named(wrong, named, hopper):
+    (reason,) = reasons("peer", **wrong)
+    assert named in reason
+
+
+def test_a_gpu_without_a_kernel_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    (reason,) = reasons("multicast")
+    assert "transport multicast: compute capability 8.0" in reason
+
+
+def _create_forbidden(rank):
+    import os
+
+    from sglang_tokenweave.agreement import DisagreementError
+    from sglang_tokenweave.peer import MulticastTransport
+
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    transport = MulticastTransport(torch.distributed.group.WORLD, device)
+    with pytest.raises(DisagreementError) as caught:
+        transport.allocate(64, 1024, BF16)
+    transport.close()
+    return str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_switch_forbids_the_multicast_transport_on_all_ranks():
+    texts = run_ranks(_create_forbidden, 2)
+    assert texts[0] == texts[1]
+    assert "NCCL_NVLS_ENABLE=0 forbids multicast" in texts[0]
