@@ -26,6 +26,7 @@ BENCHES: Mapping[str, Bench] = {
         r"|flashinfer(/oneshot)?|(fused|multicast)/\d+|copy_engine",
         ("relative_error", "rate_gb_s"),
     ),
+    "one_gpu": Bench(r"(fused|read|write|read\+write)/\d+"),
     "prefill": Bench(
         r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm", ("tokens_per_s", "cut_tokens", "ctas_count")
     ),

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_tokenweave.emulation import EmulatedRanks
 from sglang_tokenweave.reference import rmsnorm
-
-if torch.cuda.is_available():
-    from emulated import EmulatedRanks
 
 EPS = 1e-5
 CAPACITY = 301
@@ -221,7 +219,7 @@ def run_script(text, *prefix, timeout_s=120):
 
 PREPARE = """
 import torch
-from emulated import EmulatedRanks
+from sglang_tokenweave.emulation import EmulatedRanks
 ranks = EmulatedRanks(2, 64, 1024, torch.bfloat16, deadline_ns=2 * 10**9)
 weight = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
 def launch(rank, rows=64, ctas=2):

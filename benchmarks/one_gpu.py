@@ -1,0 +1,116 @@
+"""What one GPU can say about the fused kernel: python -m benchmarks.one_gpu --help.
+
+All ranks on one GPU, each with CTAs of its own, so that no link is involved: what is left is how
+fast the SMs that a rank occupies do their work. Beside it stands the most that such SMs can move
+(sm_limits.cu): a rank's rows read and written by the same number of CTAs without any arithmetic.
+"""
+
+import argparse
+import ctypes
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, timing
+from benchmarks.schema import Result, Row
+from sglang_tokenweave import compiler
+from sglang_tokenweave.driver import Kernel
+from sglang_tokenweave.emulation import EmulatedRanks
+
+HIDDEN = 8192
+WORLD_SIZE = 2
+CTAS = (2, 4, 8, 16, 32)
+TOKENS = (64, 256, 1024, 4096, 8192)
+EPS = 1e-5
+ROUNDS = 9
+_CALLS = 4
+_PARTS = 3  # a row's addends at two ranks, and its results
+_LIMIT_THREADS, _LIMIT_SHARED_BYTES = 512, 3 * _PARTS * HIDDEN * 2
+_LIMITS = {"read": (True, False), "write": (False, True), "read+write": (True, True)}
+
+
+class _LimitParams(ctypes.Structure):
+    """`Params` of sm_limits.cu."""
+
+    _fields_ = (("in", ctypes.c_uint64), ("out", ctypes.c_uint64), ("rows", ctypes.c_uint32))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and save; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.one_gpu")
+    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/one_gpu.json"))
+    options = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "benchmarks.one_gpu", *(arguments or sys.argv[1:])])
+    meta = machine.meta(WORLD_SIZE, command, options.commit, ROUNDS, smoke=False)
+    rows: list[Row] = []
+    for tokens in TOKENS:
+        rows += _measure(tokens)
+        times = ", ".join(f"{r.variant} {r.time_us:.1f}" for r in rows if r.tokens == tokens)
+        print(f"{tokens} tokens, us: {times}", flush=True)
+    Result("one_gpu", meta, tuple(rows)).save(options.output)
+    return 0
+
+
+def _measure(tokens: int) -> list[Row]:
+    samples: dict[str, timing.Sample] = {}
+    ranks = EmulatedRanks(WORLD_SIZE, tokens, HIDDEN, torch.bfloat16)
+    for buffer in ranks.x:
+        buffer.normal_()
+    share = -(-tokens // WORLD_SIZE)
+    moved = torch.randn(2, share * _PARTS * HIDDEN, device="cuda").to(torch.bfloat16)
+    for ctas in CTAS:
+        samples[f"fused/{ctas}"] = timing.capture(
+            _fused(ranks, tokens, ctas), _CALLS, nullcontext()
+        )
+        for name, flags in _LIMITS.items():
+            call = _limit(flags, moved, share, ctas)
+            samples[f"{name}/{ctas}"] = timing.capture(call, _CALLS, nullcontext())
+    times = timing.measure(samples, ROUNDS, lambda _name, _round: None, lambda: True)
+    summaries = {name: timing.summarize(rounds) for name, rounds in times.items()}
+    shape = f"h{HIDDEN}-bf16"
+    return [Row(shape, tokens, n, s.time_us, s.spread_us) for n, s in summaries.items()]
+
+
+def _fused(ranks: EmulatedRanks, tokens: int, ctas: int) -> Callable[[int], None]:
+    weight = torch.ones(HIDDEN, dtype=torch.bfloat16, device="cuda")
+    everyone = range(WORLD_SIZE)
+    rows = [ranks.rows(rank, ranks.x, 0, tokens) for rank in everyone]
+    owned = [rows[rank].slot.owned_rows(rank, WORLD_SIZE) for rank in everyone]
+    shards = [
+        torch.randn(own.stop - own.start, HIDDEN, device="cuda").to(torch.bfloat16) for own in owned
+    ]
+
+    def call(_index: int) -> None:
+        ranks.fork()
+        for rank in everyone:
+            x = rows[rank]
+            ranks.launch(rank, x, x, shards[rank], weight, EPS, 0.0, ctas=ctas)
+        ranks.join()
+
+    return call
+
+
+def _limit(
+    flags: tuple[bool, bool], moved: torch.Tensor, rows: int, ctas: int
+) -> Callable[[int], None]:
+    expression = f"sm_limits<{', '.join(str(flag).lower() for flag in flags)}>"
+    arch = compiler.architecture(*torch.cuda.get_device_capability())
+    compiled = compiler.compile_kernel("sm_limits.cu", expression, arch)
+    kernel = Kernel.load(
+        compiled.cubin,
+        compiled.name,
+        num_threads=_LIMIT_THREADS,
+        shared_bytes=_LIMIT_SHARED_BYTES,
+        device=torch.cuda.current_device(),
+    )
+    parameters = _LimitParams(moved[0].data_ptr(), moved[1].data_ptr(), rows)
+    return lambda _index: kernel.launch(torch.cuda.current_stream().cuda_stream, ctas, parameters)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
