@@ -83,7 +83,7 @@ CATALOGUE: dict[str, tuple[Level, str]] = {
         "check nvidia-smi -q (Fabric), reset the GPUs or report it",
     ),
     "no-imex-channel": (
-        Level.NOTE,
+        Level.OK,
         "nothing to do on one machine: file descriptors carry the memory; FABRIC handles would "
         "need /dev/nvidia-caps-imex-channels/channel0 in the container",
     ),

@@ -149,7 +149,7 @@ def _multicast(facts: Facts) -> Iterator[Finding]:
         yield finding("fabric-unhealthy", f"the NVLink fabric reports {'; '.join(troubles)}")
     if any(gpu.has_fabric_handles for gpu in facts.gpus) and not facts.machine.imex_channels:
         yield finding(
-            "no-imex-channel", "no IMEX channel here: no FABRIC handles between processes"
+            "no-imex-channel", "no IMEX channel for FABRIC handles; one machine needs none"
         )
 
 

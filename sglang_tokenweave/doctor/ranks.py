@@ -61,8 +61,8 @@ def _collect(
     answers: dict[int, Any] = {}
     # In order of arrival: the first to fail is the cause, those that wait for it follow.
     while len(answers) < len(receivers):
-        open_ = [each for rank, each in enumerate(receivers) if rank not in answers]
-        ready = wait(open_, max(deadline - time.monotonic(), 0))
+        pending = [each for rank, each in enumerate(receivers) if rank not in answers]
+        ready = wait(pending, max(deadline - time.monotonic(), 0))
         if not ready:
             missing = [rank for rank in range(len(receivers)) if rank not in answers]
             raise RankError(f"rank(s) {missing} gave no answer in {deadline_s:g} s")

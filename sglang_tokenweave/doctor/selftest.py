@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sglang_tokenweave.doctor.selftest_rank import Outcome, Timings
 
 DEADLINE_S = 240.0  # start, compile, run: half a minute as a rule
+HIDDEN_SIZE = 8192  # of Llama 70B
 SLOW = 0.5  # of the link's speed at the largest size
 # Whatever else is wrong, the op can be tried.
 _BLOCKING = frozenset(
@@ -73,27 +74,26 @@ def run(transport: str, facts: Facts, findings: Sequence[Finding]) -> Result:
 
 
 def run_op(
-    form: Form, transport: str, devices: Sequence[str], deadline_s: float = DEADLINE_S
+    form: Form, transport: str, devices: Sequence[str], hidden_size: int = HIDDEN_SIZE
 ) -> Result:
     """Run the op with one rank per entry of `devices`, and judge what the ranks report."""
     from sglang_tokenweave.doctor.ranks import RankError, run_ranks
 
     is_timed = len(set(devices)) > 1
     try:
-        reports = run_ranks(
-            _on_rank, len(devices), form.make, tuple(devices), is_timed, deadline_s=deadline_s
-        )
+        what = (form.make, tuple(devices), hidden_size, is_timed)
+        reports = run_ranks(_on_rank, len(devices), *what, deadline_s=DEADLINE_S)
     except RankError as error:
         return Result(transport, False, (finding("selftest-failed", str(error)),))
     wrong = list(_wrong([outcomes for outcomes, _ in reports]))
     if wrong:
         text = f"{transport} on {len(devices)} ranks: {'; '.join(wrong)}"
         return Result(transport, False, (finding("selftest-wrong", text),))
-    return _passed(form, transport, devices, reports)
+    return _passed(form, transport, devices, hidden_size, reports)
 
 
 def _on_rank(
-    rank: int, group: Any, make: Any, devices: tuple[str, ...], is_timed: bool
+    rank: int, group: Any, make: Any, devices: tuple[str, ...], hidden_size: int, is_timed: bool
 ) -> tuple[tuple["Outcome", ...], "Timings | None"]:
     import torch
 
@@ -102,7 +102,7 @@ def _on_rank(
     device = torch.device(devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return selftest_rank.run(make, group, device, is_timed)
+    return selftest_rank.run(make, group, device, hidden_size, is_timed)
 
 
 def _wrong(ranks: Sequence[Sequence["Outcome"]]) -> list[str]:
@@ -121,7 +121,9 @@ def _wrong(ranks: Sequence[Sequence["Outcome"]]) -> list[str]:
     return texts
 
 
-def _passed(form: Form, transport: str, devices: Sequence[str], reports: Any) -> Result:
+def _passed(
+    form: Form, transport: str, devices: Sequence[str], hidden_size: int, reports: Any
+) -> Result:
     from sglang_tokenweave.doctor import selftest_rank as rank
 
     num = len(devices)
@@ -133,7 +135,7 @@ def _passed(form: Form, transport: str, devices: Sequence[str], reports: Any) ->
         return Result(
             transport, True, (finding("selftest-passed", text), finding("selftest-one-gpu", note))
         )
-    measured = tuple(_measured(form, num, timings))
+    measured = tuple(_measured(form.traffic(num) * hidden_size, timings))
     speeds = ", ".join(
         f"{each['num_tokens']} tokens {each['gb_per_s']:.0f} GB/s ({each['share_of_link']:.0%})"
         for each in measured
@@ -145,12 +147,12 @@ def _passed(form: Form, transport: str, devices: Sequence[str], reports: Any) ->
     return Result(transport, True, tuple(found), measured)
 
 
-def _measured(form: Form, num_ranks: int, timings: "Timings") -> Iterator[dict[str, float]]:
-    from sglang_tokenweave.doctor.selftest_rank import DTYPE, HIDDEN_SIZE, TIMED_TOKENS
+def _measured(sent: float, timings: "Timings") -> Iterator[dict[str, float]]:
+    """Yield a line for each size; `sent`: elements that a GPU sends for a token."""
+    from sglang_tokenweave.doctor.selftest_rank import DTYPE, TIMED_TOKENS
 
     for tokens, op_us in zip(TIMED_TOKENS, timings.op_us, strict=True):
-        num_bytes = form.traffic(num_ranks) * tokens * HIDDEN_SIZE * DTYPE.itemsize
-        speed = num_bytes / op_us / 1e3
+        speed = sent * tokens * DTYPE.itemsize / op_us / 1e3
         yield {
             "num_tokens": tokens,
             "op_us": op_us,

@@ -15,7 +15,6 @@ T = TypeVar("T")
 Factory = Callable[[dist.ProcessGroup, torch.device], Transport]
 
 EPS = 1e-5
-HIDDEN_SIZE = 8192
 DTYPE = torch.bfloat16
 # bf16 rounds to 2^-9 relative, 1.7e-3 in the root mean square; twice that is allowed.
 TOLERANCE = 4e-3
@@ -68,12 +67,16 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
 
 
 def run(
-    factory: Factory, group: dist.ProcessGroup, device: torch.device, is_timed: bool
+    factory: Factory,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    hidden_size: int,
+    is_timed: bool,
 ) -> tuple[tuple[Outcome, ...], Timings | None]:
     """Run all cases on this rank, then measure if asked to; a collective call."""
     transport = factory(group, device)
     capacity = max(TIMED_TOKENS) if is_timed else max(case.num_tokens for case in CASES) + 1
-    buffer = transport.allocate(capacity, HIDDEN_SIZE, DTYPE)
+    buffer = transport.allocate(capacity, hidden_size, DTYPE)
     outcomes = tuple(_run_case(transport, buffer, case) for case in CASES)
     timings = None
     if is_timed:
@@ -84,7 +87,7 @@ def run(
 
 
 def _run_case(transport: Transport, buffer: SymmetricBuffer, case: Case) -> Outcome:
-    partials, residual, weight = _inputs(transport.world_size, case, buffer.tensor.device)
+    partials, residual, weight = _inputs(transport.world_size, case, buffer.tensor)
     buffer.tensor.fill_(float("nan"))  # every row must be written, and none beyond
     slot = buffer.slot(0, case.num_tokens)
     slot.tensor.copy_(partials[transport.rank])
@@ -105,12 +108,12 @@ def _run_case(transport: Transport, buffer: SymmetricBuffer, case: Case) -> Outc
     )
 
 
-def _inputs(world_size: int, case: Case, device: torch.device) -> list[torch.Tensor]:
+def _inputs(world_size: int, case: Case, like: torch.Tensor) -> list[torch.Tensor]:
     # Alike on all ranks, so on the CPU: GPUs of two kinds draw different numbers from one seed.
     generator = torch.Generator().manual_seed(case.num_tokens)
-    rows = (case.num_tokens, HIDDEN_SIZE)
-    shapes = ((world_size, *rows), rows, (HIDDEN_SIZE,))
-    return [torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes]
+    rows = (case.num_tokens, like.shape[1])
+    shapes = ((world_size, *rows), rows, rows[1:])
+    return [torch.randn(shape, generator=generator).to(like) for shape in shapes]
 
 
 def _relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -126,7 +129,7 @@ def _time_op(
 ) -> float:
     slot = buffer.slot(0, num_tokens)
     slot.tensor.normal_()
-    weight = torch.ones(HIDDEN_SIZE, dtype=DTYPE, device=buffer.tensor.device)
+    weight = torch.ones_like(slot.tensor[0])
 
     def launch() -> None:
         transport.allreduce_rmsnorm(slot, None, weight, EPS, ctas=CTAS, beside=False)
