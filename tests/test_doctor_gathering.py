@@ -1,6 +1,8 @@
 """How the doctor gathers: fake drivers, fake /proc and /dev, probes that crash or hang."""
 
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from sglang_tokenweave.doctor import (
 )
 from sglang_tokenweave.doctor.facts import Failure
 
+HOST = Path(__file__).parent / "host"
 # Recorded: a proprietary and an open kernel module.
 DRIVER_VERSION = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
@@ -291,6 +294,48 @@ def test_a_library_that_hangs_is_ended_with_what_it_started(monkeypatch, tmp_pat
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(child)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """Return a folder with stand-ins for NVIDIA's libraries, behind the real Python packages."""
+    folder = tmp_path_factory.mktemp("libraries")
+    for source, library in (("cuda", "libcuda.so.1"), ("nvml", "libnvidia-ml.so.1")):
+        command = ["g++", "-shared", "-fPIC", "-o", folder / library, HOST / f"fake_{source}.cpp"]
+        subprocess.run(command, check=True, timeout=60)
+    return folder
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+@needs_compiler
+def test_real_packages_on_libraries_that_imitate_two_gpus(monkeypatch, libraries):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(libraries))
+    answers = probes.gather(["cuda", "nvml"], 60)
+    cuda, nvml = answers["cuda"], answers["nvml"]
+    assert cuda.version == (13, 1)
+    assert [(gpu.name, gpu.num_sms, gpu.capability) for gpu in cuda.gpus] == [
+        ("NVIDIA H200", 132, (9, 0))
+    ] * 2
+    assert all(gpu.shares_memory and gpu.has_multicast for gpu in cuda.gpus)
+    assert not cuda.gpus[0].has_fabric_handles
+    assert cuda.peers == ((True, True), (True, True))
+    assert nvml.driver == "580.65.06"
+    assert [board.uuid for board in nvml.boards] == [gpu.uuid for gpu in cuda.gpus]
+    board = nvml.boards[1]
+    assert (board.links_up, board.links_down) == (18, 0)
+    assert (board.fabric_state, board.fabric_trouble) == ("in progress", "unhealthy route")
+    assert board.free_bytes == 140 * 2**30
+
+
+@needs_compiler
+def test_a_driver_without_peers_and_one_that_is_not_ready(monkeypatch, libraries):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(libraries))
+    monkeypatch.setenv("FAKE_CUDA_PEERS", "0")
+    assert probes.gather(["cuda"], 60)["cuda"].peers == ((True, False), (False, True))
+    monkeypatch.setenv("FAKE_CUDA_INIT", "802")
+    assert "CUDA_ERROR_SYSTEM_NOT_READY (802)" in probes.gather(["cuda"], 60)["cuda"].text
 
 
 def is_running(pid):
