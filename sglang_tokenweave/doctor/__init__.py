@@ -3,5 +3,5 @@
 Facts are gathered into frozen dataclasses (`facts`; by `machine`, `software` and, in processes of
 their own, `probes`); `hardware`, `system` and `versions` turn facts into findings; `verdict` sums
 up. `logs` reads a server's log, `selftest` runs the op. `pains` says which findings tell which of
-fifteen known troubles.
+fifteen known pains.
 """

@@ -116,7 +116,7 @@ CATALOGUE: dict[str, tuple[Level, str]] = {
     "cache-full": (Level.WARNING, "make room: kernels compile at every start otherwise"),
     "cache-volatile": (
         Level.NOTE,
-        "mount a volume there, or a new container compiles its kernels again (a minute)",
+        "mount a volume there, or a new container compiles its kernels again",
     ),
     # software
     "versions": (Level.OK, ""),

@@ -1,6 +1,6 @@
 """Judge the GPUs, their driver, links and multicast."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sglang_tokenweave.compiler import ARCHITECTURES
 from sglang_tokenweave.doctor.facts import Cuda, Facts, Failure, Nvml, Nvrtc, Version
@@ -62,7 +62,7 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
         yield finding("gpus-differ", f"the GPUs differ ({', '.join(kinds)}): the slowest decides")
     unsupported = sorted({gpu.capability for gpu in gpus} - ARCHITECTURES.keys())
     if unsupported:
-        have, known = map(_listed, (unsupported, ARCHITECTURES))
+        have, known = _listed(unsupported), _listed(ARCHITECTURES)
         yield finding("gpu-unsupported", f"no kernel for compute capability {have}, only {known}")
     if not all(gpu.shares_memory for gpu in gpus):
         yield finding("gpu-cannot-share", "a GPU cannot export its memory as a file descriptor")
@@ -171,5 +171,5 @@ def _dotted(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def _listed(versions: object) -> str:
-    return ", ".join(map(_dotted, versions))  # type: ignore[call-overload] # any iterable
+def _listed(versions: Iterable[Version]) -> str:
+    return ", ".join(map(_dotted, versions))

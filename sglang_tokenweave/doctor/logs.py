@@ -118,14 +118,14 @@ SYMPTOMS = (
         Level.PROBLEM,
         r"CUDA_ERROR_STREAM_CAPTURE_\w+|cudaErrorStreamCapture\w+|when stream is capturing",
         "something allocated or synchronised while a CUDA graph was being captured",
-        "report it with the log; --cuda-graph-max-bs 0 or --disable-cuda-graph gets past it",
+        "report it with the log; --disable-cuda-graph gets past it, slowly",
     ),
     Symptom(
         "log-nan",
         Level.PROBLEM,
         r"NaN detected in|NaN in the logits|Detected errors during sampling",
         "NaN in the activations",
-        "serve once without TokenWeave: if they stay, it is the model; else report it, --selftest",
+        "serve without TokenWeave: if they stay, it is the model; else report them, and --selftest",
     ),
     Symptom(
         "log-not-active",
@@ -167,7 +167,7 @@ SYMPTOMS = (
         Level.PROBLEM,
         "",
         "ranks waited for each other on the device: two communications met in different orders",
-        "report it with the log; start without --tokenweave-decode-min-tokens meanwhile",
+        "report it with the log, and serve with stock SGLang meanwhile",
     ),
     Symptom(
         "log-grids-differ",

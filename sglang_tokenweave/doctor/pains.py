@@ -1,4 +1,4 @@
-"""Fifteen troubles that users of multi-GPU communication report, and what of ours tells of each.
+"""Fifteen pains that users of multi-GPU communication report, and what of ours tells of each.
 
 Findings come from the machine (`findings`), `log-...` from a server's log (`logs`), `selftest-...`
 from running the op. What TokenWeave does so that they do not happen is in docs/doctor.md.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pain:
-    """A trouble, and the ids of the findings that recognise it."""
+    """A pain, and the ids of the findings that recognise it."""
 
     text: str
     findings: tuple[str, ...]

@@ -12,7 +12,7 @@ from sglang_tokenweave.doctor.hardware import NUM_RANKS
 if TYPE_CHECKING:
     from sglang_tokenweave.doctor.selftest_rank import Outcome, Timings
 
-DEADLINE_S = 240.0  # start, compile, run: half a minute as a rule
+DEADLINE_S = 240.0  # start, compile, run
 HIDDEN_SIZE = 8192  # of Llama 70B
 SLOW = 0.5  # of the link's speed at the largest size
 # Whatever else is wrong, the op can be tried.
