@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -89,7 +90,9 @@ def _rank(
 ) -> None:
     os.dup2(2, 1)  # a kernel's message must not fall into the doctor's JSON
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    faulthandler.dump_traceback_later(deadline_s + 10, exit=True)
+    # Where it hangs, on standard error, before the parent ends it.
+    faulthandler.dump_traceback_later(max(deadline_s - 10, deadline_s / 2))
+    signal.alarm(int(deadline_s) + 10)  # a last resort that needs no running Python
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         dist.init_process_group(
