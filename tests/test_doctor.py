@@ -145,7 +145,7 @@ def test_every_finding_of_the_catalogue_is_tested():
 @pytest.mark.parametrize(
     ("machine", "can_weave", "transport", "words"),
     [
-        (facts(), True, "peer", "can weave with transport peer"),
+        (facts(), True, "peer", "can weave with --tokenweave-transport peer"),
         (facts(cuda=cuda_of(8), nvml=nvml_of(8)), True, "multicast", "multicast"),
         (
             facts(cuda=cuda_of(8), nvml=nvml_of(8), switches=("NVSHMEM_DISABLE_NVLS=1",)),

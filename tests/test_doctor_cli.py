@@ -155,7 +155,7 @@ def test_the_self_test_decides_over_the_exit_code(monkeypatch, capsys, passed):
     monkeypatch.setattr(selftest, "run", lambda *arguments: result)
     assert program.main(["--selftest"]) == (0 if passed else 1)
     assert program.main([]) == 0  # this machine can weave
-    assert "VERDICT can weave with transport peer" in capsys.readouterr().out
+    assert "VERDICT can weave with --tokenweave-transport peer" in capsys.readouterr().out
 
 
 def test_a_reader_that_leaves_early_is_no_accident(tmp_path):

@@ -153,7 +153,6 @@ CATALOGUE: dict[str, tuple[Level, str]] = {
         "run it on a machine with GPUs and without the problems above",
     ),
     "selftest-refused": (Level.PROBLEM, "unset the variable if multicast may be used here"),
-    "selftest-unavailable": (Level.PROBLEM, "a later release has it; --selftest tests `peer`"),
 }
 
 

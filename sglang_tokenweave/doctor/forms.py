@@ -1,7 +1,5 @@
 """The transports that the self-test can run: how one is made, and the bytes that it moves."""
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +12,6 @@ def multicast_switches(environment: Mapping[str, str] = os.environ) -> tuple[str
     """Return every switch, as `NAME=value`, with which the operator forbids multicast."""
     one_by_one = (why_multicast_is_forbidden({name: value}) for name, value in environment.items())
     return tuple(sorted(switch for switch in one_by_one if switch))
-
-
-def has_multicast() -> bool:
-    """Whether this release has the multicast transport; nothing of CUDA is touched."""
-    if importlib.util.find_spec("sglang_tokenweave.multicast") is None:
-        return False
-    return hasattr(importlib.import_module("sglang_tokenweave.multicast"), "MulticastTransport")
 
 
 def make_peer(group: Any, device: Any) -> Any:
@@ -39,7 +30,9 @@ def make_multicast(group: Any, device: Any) -> Any:
     switches = multicast_switches()
     if switches:  # again: this is another process than the one that was asked
         raise RuntimeError(f"multicast is switched off: {', '.join(switches)}")
-    return importlib.import_module("sglang_tokenweave.multicast").MulticastTransport(group, device)
+    from sglang_tokenweave.peer import MulticastTransport
+
+    return MulticastTransport(group, device)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_tokenweave.doctor.facts import Facts
 from sglang_tokenweave.doctor.findings import Finding, finding
-from sglang_tokenweave.doctor.forms import FORMS, Form, has_multicast, multicast_switches
+from sglang_tokenweave.doctor.forms import FORMS, Form, multicast_switches
 from sglang_tokenweave.doctor.hardware import NUM_RANKS
 
 if TYPE_CHECKING:
@@ -52,9 +52,6 @@ def refuse_multicast() -> Result | None:
     if switches:
         text = f"multicast is switched off by {' and '.join(switches)}: it is not touched"
         return Result("multicast", False, (finding("selftest-refused", text),))
-    if not has_multicast():
-        text = "the multicast transport is not available in this release"
-        return Result("multicast", False, (finding("selftest-unavailable", text),))
     return None
 
 

@@ -31,7 +31,7 @@ def decide(facts: Facts, findings: Sequence[Finding]) -> Verdict:
         fit = " (the machine itself is fit for peer)" if is_fit else ""
         return Verdict(False, None, f"runs stock because {why}{fit}")
     transport = next(name for name in _preferred(facts, findings) if name in facts.transports)
-    return Verdict(True, transport, f"can weave with transport {transport}")
+    return Verdict(True, transport, f"can weave with --tokenweave-transport {transport}")
 
 
 def _on_cpu(problems: Sequence[Finding]) -> Verdict:
