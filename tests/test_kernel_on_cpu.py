@@ -3,7 +3,6 @@
 tests/host/ stands in for CUDA and for cuda/ptx.cuh; every other line is the one that a GPU runs.
 """
 
-import os
 import shutil
 import struct
 import subprocess
@@ -13,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_build import build_host
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglang_tokenweave.compiler import source_folder
 from sglang_tokenweave.kernels import Variant, choose_variant
 
 # Bits of a significand, and the exponent of the smallest normal number.
@@ -130,30 +129,14 @@ class Host:
 
 
 def build(folder: Path, variants: list[Variant], *flags: str) -> Host:
-    """Compile the kernel's sources with the shim, whose files take their namesakes' place."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler: install g++ 12 or later, or name one in CXX")
-    for source in (*source_folder().glob("*.cu*"), *Path(__file__).with_name("host").iterdir()):
-        shutil.copy(source, folder)  # in this order
-    (folder / "variants.inc").write_text(
-        "".join(
-            f"{{{v.expression}, {v.num_threads}, {v.shared_bytes}, "
-            f"{v.is_multicast:d}, {v.is_fp8:d}}},\n"
-            for v in variants
-        )
+    lines = (
+        f"{{{v.expression}, {v.num_threads}, {v.shared_bytes}, "
+        f"{v.is_multicast:d}, {v.is_fp8:d}}},\n"
+        for v in variants
     )
     # The memory that stands for `extern __shared__` has no constructor to run.
-    flags = ("-std=c++20", "-O1", "-pthread", "-fno-extern-tls-init", *flags)
-    built = subprocess.run(
-        [compiler, *flags, "main.cpp", "-o", "host"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr
-    return Host((str(folder / "host"),), tuple(variants))
+    program = build_host(folder, "main.cpp", lines, "-fno-extern-tls-init", *flags)
+    return Host((program,), tuple(variants))
 
 
 @pytest.fixture(scope="session")
