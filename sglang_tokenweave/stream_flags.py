@@ -1,0 +1,137 @@
+"""How ranks tell one another that their copies have arrived: two exchanges of flags an op.
+
+Values are constants (set to 1, awaited as 1, reset to 0 by who waited), so that a captured graph
+can be replayed. No flag says that staging is free: a peer's next op follows its wait for DONE.
+"""
+
+import ctypes
+from typing import Any, Protocol
+
+import torch
+
+from sglang_tokenweave import add_rmsnorm, driver
+from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Region, peers_of
+from sglang_tokenweave.kernels import MAX_RANKS
+from sglang_tokenweave.watchdog import Board
+
+_WARP = 32
+
+
+class Flags(Protocol):
+    """Exchanges flags on a stream."""
+
+    def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
+        """Set this rank's flag at every peer, wait for the peers' flags here, and clear those."""
+
+
+class MemoryOpFlags:
+    """Flags by stream memory operations: no SM is busy while a rank waits, nor is there a deadline.
+
+    So each wait is on a `Board`, which a watchdog looks at.
+    """
+
+    def __init__(self, layout: Layout, scratch: Region, board: Board) -> None:
+        self._batches = {
+            (channel, phase): _batch(layout, scratch, board, channel, phase)
+            for channel in Channel
+            for phase in Phase
+        }
+
+    def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
+        batch = self._batches[channel, phase]
+        driver.call("cuStreamBatchMemOp", stream, len(batch), batch, 0)
+
+
+class KernelFlags:
+    """Flags by a kernel of one warp, which has a deadline of its own."""
+
+    def __init__(
+        self, layout: Layout, scratch: Region, deadline_s: float, device: torch.device
+    ) -> None:
+        expression = f"exchange_flags<{_WARP}>"
+        self._kernel = add_rmsnorm.load("exchange_flags.cu", expression, _WARP, device)
+        self._params = {
+            (channel, phase): _params(layout, scratch, deadline_s, channel, phase)
+            for channel in Channel
+            for phase in Phase
+        }
+
+    def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
+        add_rmsnorm.launch(self._kernel, stream, 1, self._params[channel, phase])
+
+
+class Params(ctypes.Structure):
+    """`Params` of cuda/exchange_flags.cu."""
+
+    _fields_ = (
+        ("theirs", ctypes.c_uint64 * MAX_RANKS),
+        ("mine", ctypes.c_uint64 * MAX_RANKS),
+        ("deadline_ns", ctypes.c_uint64),
+        ("rank", ctypes.c_uint32),
+        ("channel", ctypes.c_uint32),
+        ("phase", ctypes.c_uint32),
+    )
+
+
+def _flags(
+    layout: Layout, scratch: Region, channel: Channel, phase: Phase
+) -> dict[int, tuple[int, int]]:
+    """Return by peer where this rank's flag is there, and where the peer's is here."""
+    rank = scratch.rank
+    return {
+        peer: (
+            scratch.addresses[peer] + layout.flag(channel, phase, rank),
+            scratch.addresses[rank] + layout.flag(channel, phase, peer),
+        )
+        for peer in peers_of(rank, layout.world_size)
+    }
+
+
+def _batch(
+    layout: Layout, scratch: Region, board: Board, channel: Channel, phase: Phase
+) -> list[Any]:
+    flags = _flags(layout, scratch, channel, phase).values()
+    shown = board.device_address(channel)
+    # Between the two waits, the kernel itself announces the second one.
+    entered = [_write(shown, phase)] if phase == Phase.FULL else []
+    left = [_write(shown, 0)] if phase == Phase.DONE else []
+    return [
+        *(_write(theirs, 1) for theirs, _ in flags),
+        *entered,
+        *(_wait(mine, 1) for _, mine in flags),
+        *(_write(mine, 0) for _, mine in flags),
+        *left,
+    ]
+
+
+def _write(address: int, value: int) -> Any:
+    cuda = driver.bindings()
+    op = cuda.CUstreamBatchMemOpParams()
+    op.operation = cuda.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    op.writeValue.address = address
+    op.writeValue.value = value
+    # The default orders everything before it in the stream, copies too, before the write.
+    op.writeValue.flags = cuda.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+    return op
+
+
+def _wait(address: int, value: int) -> Any:
+    cuda = driver.bindings()
+    op = cuda.CUstreamBatchMemOpParams()
+    op.operation = cuda.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
+    op.waitValue.address = address
+    op.waitValue.value = value
+    op.waitValue.flags = cuda.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ
+    return op
+
+
+def _params(
+    layout: Layout, scratch: Region, deadline_s: float, channel: Channel, phase: Phase
+) -> Params:
+    params = Params(
+        deadline_ns=int(deadline_s * 1e9), rank=scratch.rank, channel=channel, phase=phase
+    )
+    for peer, (theirs, mine) in _flags(layout, scratch, channel, phase).items():
+        params.theirs[peer] = theirs
+        params.mine[peer] = mine
+    return params
