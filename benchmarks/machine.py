@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import sglang_tokenweave
-from benchmarks import switches
 from benchmarks.schema import NOT_INSTALLED, Meta
+from sglang_tokenweave.switches import why_multicast_is_forbidden
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 30
@@ -36,7 +36,7 @@ def meta(world_size: int, command: str, commit: str | None, rounds: int, *, smok
         command=command,
         rounds=rounds,
         clocks=f"SM at most {clocks[0]}, power limit {clocks[1]}",
-        multicast=switches.forbidding(os.environ),
+        multicast=why_multicast_is_forbidden(os.environ) or "",
         smoke=smoke,
     )
 

@@ -57,7 +57,7 @@ class Meta:
     command: str
     rounds: int  # the most that a row's median is taken over
     clocks: str = ""  # SM clock and power limit, as the driver states them
-    multicast: str = ""  # which switches forbid NVLink multicast; empty: none does
+    multicast: str = ""  # the switch that forbids NVLink multicast; empty: none does
     absent: Mapping[str, str] = field(default_factory=dict)  # what did not run, and why
     smoke: bool = False  # ranks shared a GPU: the times mean nothing
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, MutableMapping
 
+from sglang_tokenweave.switches import why_multicast_is_forbidden
+
 # Any one of these means: no process of this run touches multicast.
 SWITCHES = {
     "NCCL_NVLS_ENABLE": "0",
@@ -14,16 +16,9 @@ class MulticastForbiddenError(RuntimeError):
     """Something that uses NVLink multicast was about to start while a switch forbids it."""
 
 
-def forbidding(environment: Mapping[str, str]) -> str:
-    """Return the switches that are set, as text; empty if multicast is allowed."""
-    return " ".join(
-        f"{name}={value}" for name, value in SWITCHES.items() if environment.get(name) == value
-    )
-
-
 def spread(environment: MutableMapping[str, str]) -> None:
     """Set all switches if any is set: each library reads only its own."""
-    if forbidding(environment):
+    if why_multicast_is_forbidden(environment):
         environment.update(SWITCHES)
 
 
@@ -33,14 +28,14 @@ def check(what: str, uses_multicast: bool, environment: Mapping[str, str]) -> No
     Raises:
         MulticastForbiddenError: naming the switch.
     """
-    switches = forbidding(environment)
-    if not switches:
+    switch = why_multicast_is_forbidden(environment)
+    if switch is None:
         return
-    missing = [name for name, value in SWITCHES.items() if environment.get(name) != value]
     if uses_multicast:
-        raise MulticastForbiddenError(f"{what} uses NVLink multicast, which {switches} forbids")
+        raise MulticastForbiddenError(f"{what} uses NVLink multicast, which {switch} forbids")
+    missing = [name for name, value in SWITCHES.items() if environment.get(name) != value]
     if missing:
         raise MulticastForbiddenError(
-            f"{what} is not started: {switches} forbids NVLink multicast, but the libraries that "
+            f"{what} is not started: {switch} forbids NVLink multicast, but the libraries that "
             f"read {' and '.join(missing)} would not know"
         )

@@ -67,7 +67,7 @@ class Place:
         """Run `action` on every rank; go on only if it succeeded on all of them.
 
         Raises:
-            Absent: on all ranks; the text names the ranks and their errors.
+            Absent: on all ranks; the text names the ranks and their errors, unless all agree.
         """
         result: Any = None
         problem = None
@@ -79,9 +79,11 @@ class Place:
             problem = f"{type(error).__name__}: {str(error).strip() or 'no text'}"
             self.synchronize()  # raises if the context is lost: that ends the run
         problems = gather(problem, self.group)
-        found = {text: rank for rank, text in reversed(list(enumerate(problems))) if text}
+        if problem is not None and problems.count(problem) == len(problems):
+            raise Absent(problem)
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
         if found:
-            raise Absent("; ".join(f"rank {rank}: {text}" for text, rank in found.items()))
+            raise Absent("; ".join(found))
         done: T = result
         return done
 

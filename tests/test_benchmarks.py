@@ -365,7 +365,6 @@ def test_without_a_switch_multicast_is_allowed(environment):
     before = dict(environment)
     switches.spread(environment)
     assert environment == before
-    assert switches.forbidding(environment) == ""
     switches.check("multimem", True, environment)
 
 
@@ -463,7 +462,7 @@ def test_nothing_that_was_measured_is_lost(
     assert result.rows == (*_rows(1), *_rows(2))
     assert result.meta.absent == {"flashinfer at h8192-bf16": "not installed", **absent}
     assert result.meta.world_size == 2
-    assert result.meta.multicast.startswith("NCCL_NVLS_ENABLE=0")
+    assert result.meta.multicast == "NCCL_NVLS_ENABLE=0"
     assert "--tokens 2,1" in result.meta.command
     printed = capsys.readouterr()
     assert "rounds: about" in printed.out

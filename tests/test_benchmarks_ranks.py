@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from benchmarks import switches, worker
 from benchmarks.cases import Case
+from benchmarks.ours import OURS
 from benchmarks.ranks import RankError, run_ranks
 from benchmarks.variant import EPS, Absent, Buffer, Output, Variant
 from benchmarks.workbench import Place, Workbench
 from benchmarks.worker import Options, Size
+from sglang_tokenweave.reference import ReferenceTransport
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60  # for what must succeed, on two busy cores
@@ -172,7 +174,8 @@ FAULTS = {
 
 def _work(rank, link):
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    link.send({"process": os.getpid(), "size": _size(rank, link), "smoke": _smoke(rank, link)})
+    parts = {"size": _size, "ours": _ours, "smoke": _smoke}
+    link.send({"process": os.getpid()} | {name: part(rank, link) for name, part in parts.items()})
 
 
 def _variants(faults):
@@ -192,6 +195,21 @@ def _size(rank, link):
     able, refused = worker._able(variants, CASE)
     report = Size(bench, CASE, options, link, _timer).run(able, [("floor/1", _Copies())])
     return report.rows, {**absent, **refused, **report.absent}
+
+
+def _ours(rank, link):
+    """Measure our variants over the transport that runs on a CPU; it has no copy engines."""
+    place = Place(rank, dist.get_world_size(), torch.device("cpu"))
+    bench = Workbench(place, CASE.hidden, torch.bfloat16, CASE.tokens, 3 * CASE.tokens)
+    transport = ReferenceTransport(place.group, place.device)
+    bench.transport = transport, transport.allocate(bench.capacity, bench.hidden, bench.dtype)
+    worker.VARIANTS = OURS
+    names = ("fused/2", "fused/8", "copy_engine")
+    options = Options((CASE,), names, 2, 1, 3 * CASE.bytes, time.monotonic() + PATIENCE_S)
+    variants, absent = worker._make(bench, names, link, CASE.shape)
+    report = Size(bench, CASE, options, link, _timer).run(variants, [("floor/1", _Copies())])
+    transport.close()
+    return [row.variant for row in report.rows], {**absent, **report.absent}
 
 
 def _smoke(rank, link):
@@ -243,6 +261,13 @@ def test_a_size_is_checked_timed_and_reported(told):
         assert re.match(r"wrong result: relative error \[.*\] by rank", absent[name])
     assert "nan" in absent[wrong[2]]
     assert absent[tires].endswith("after it was timed")
+
+
+def test_our_variants_call_the_transport_rightly(told):
+    for each in told:
+        variants, absent = each["ours"]
+        assert variants == ["floor", "fused/2", "fused/8"]
+        assert absent == {"copy_engine at h64-bf16": "this transport has no copy engines"}
 
 
 def test_multicast_is_not_started_and_ranks_go_by_one_clock(told):
