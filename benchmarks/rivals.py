@@ -119,7 +119,6 @@ class SGLangV2(_AllReduceThenNorm):
 
     def close(self) -> None:
         self._all_reduce.close()
-        self._all_reduce.disabled = True  # its destructor closes again
 
 
 class Flashinfer(Variant):

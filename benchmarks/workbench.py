@@ -1,7 +1,9 @@
 """What the variants of one shape share on a rank: groups, buffers, the transport."""
 
 import os
+import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from benchmarks import switches
 from benchmarks.cases import Case
 from benchmarks.variant import Absent, Buffer, Inputs
 from sglang_tokenweave.agreement import gather
+
+_REASON_CHARACTERS = 400
 
 T = TypeVar("T")
 
@@ -76,7 +80,9 @@ class Place:
         except Absent as reason:
             problem = str(reason)
         except Exception as error:  # noqa: BLE001 - a rival's failure is a result, recorded by name
-            problem = f"{type(error).__name__}: {str(error).strip() or 'no text'}"
+            # A compiler's log may be the text; the whole of it is in this process's output.
+            traceback.print_exc()
+            problem = textwrap.shorten(f"{type(error).__name__}: {error}", _REASON_CHARACTERS)
             self.synchronize()  # raises if the context is lost: that ends the run
         problems = gather(problem, self.group)
         if problem is not None and problems.count(problem) == len(problems):
@@ -121,11 +127,6 @@ class Workbench:
     @cached_property
     def residual(self) -> torch.Tensor:
         """Return ordinary device memory for residuals."""
-        return self.empty()
-
-    @cached_property
-    def output(self) -> torch.Tensor:
-        """Return ordinary device memory for what is not done in place."""
         return self.empty()
 
     @cached_property
