@@ -89,7 +89,7 @@ def _against_tokens(sizes: Sizes, title: str) -> Any:
         _band(left, rows, style)
         fraction = {t: 100 * floor[t] / row.time_us for t, row in rows.items() if t in floor}
         right.plot(list(fraction), list(fraction.values()), **style)
-    left.set(title="Latency", ylabel="us, median ± interquartile range / 2", yscale="log")
+    left.set(title="Latency", ylabel="us, median ± half the interquartile range", yscale="log")
     left.yaxis.set_major_formatter(_PLAIN)
     # The floor of a few tokens is far below what any launch can reach.
     times = [row.time_us for rows in lines.values() for row in rows.values()]

@@ -35,7 +35,7 @@ def heading(meta: Meta) -> str:
         + ("-dirty" if meta.commit.endswith("-dirty") else ""),
         f"{meta.date}; {versions}",
         f"Medians of up to {meta.rounds} interleaved rounds, slowest rank, "
-        f"± interquartile range; NVLink multicast "
+        f"± half the interquartile range; NVLink multicast "
         + (f"forbidden ({meta.multicast})" if meta.multicast else "allowed"),
     ]
     return "\n".join(([SMOKE] if meta.smoke else []) + lines)
@@ -77,7 +77,7 @@ def _plain(result: Result) -> list[str]:
         name for name in BENCHES[result.bench].columns if any(name in r.extra for r in result.rows)
     ]
     cells = [
-        [row.shape, str(row.tokens), row.variant, f"{row.time_us:.1f} ±{row.spread_us:.1f}"]
+        [row.shape, str(row.tokens), row.variant, f"{row.time_us:.1f} ±{row.spread_us / 2:.1f}"]
         + [f"{row.extra[name]:g}" if name in row.extra else "-" for name in extra]
         for row in result.rows
     ]
@@ -88,7 +88,7 @@ def _named(row: Row | None) -> str:
     if row is None:
         return "-"
     digits = _digits(row.time_us)
-    return f"{row.time_us:{digits}} ±{row.spread_us:{digits}} ({row.variant})"
+    return f"{row.time_us:{digits}} ±{row.spread_us / 2:{digits}} ({row.variant})"
 
 
 def _digits(time_us: float) -> str:

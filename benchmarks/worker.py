@@ -47,7 +47,7 @@ class Report:
 
 
 def run_rank(rank: int, link: Link, options: Options) -> None:
-    """Measure all cases; rank 0 reports them one by one."""
+    """Measure all cases on this rank's GPU; rank 0 reports them one by one."""
     link.phase("starting CUDA")
     device = torch.device("cuda", rank // options.ranks_per_gpu)
     torch.cuda.set_device(device)
@@ -55,6 +55,19 @@ def run_rank(rank: int, link: Link, options: Options) -> None:
     place = Place(rank, dist.get_world_size(), device, options.ranks_per_gpu)
     link.phase("mapping memory for the link's floor")
     copies = floors(place)
+    run_cases(place, link, options, copies)
+    for _, floor in copies:
+        floor.close()
+
+
+def run_cases(
+    place: Place,
+    link: Link,
+    options: Options,
+    copies: Sequence[tuple[str, Floor]],
+    timer: Timer = capture,
+) -> None:
+    """Measure all cases, shape by shape."""
     for shape, group in groupby(options.cases, key=lambda case: case.shape):
         of_shape = list(group)
         bench = _bench(place, of_shape, options.cache_bytes)
@@ -68,13 +81,11 @@ def run_rank(rank: int, link: Link, options: Options) -> None:
                 continue
             able, absent = _able(able, case)
             _report(link, place, Report(absent=absent))
-            _report(link, place, Size(bench, case, options, link).run(able, copies))
+            _report(link, place, Size(bench, case, options, link, timer).run(able, copies))
         link.phase(f"closing what {shape} used")
         for variant in variants:
             variant.close()
         bench.close()
-    for _, floor in copies:
-        floor.close()
 
 
 def _bench(place: Place, of_shape: Sequence[Case], cache_bytes: int) -> Workbench:
@@ -129,7 +140,7 @@ class Size:
         case: Case,
         options: Options,
         link: Link,
-        timer: Timer = capture,
+        timer: Timer,
     ) -> None:
         self._bench = bench
         self._place = bench.place

@@ -253,7 +253,7 @@ def test_the_table_compares_with_the_best_rival_and_the_floor():
     # two_shot is faster than flashinfer, but norms nothing: it is no rival.
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "1024", "49.7", "70.6 ±1.4 (flashinfer)", "52.1 ±1.0 (fused/32)", "1.35x", "95",
+        "1024", "49.7", "70.6 ±0.7 (flashinfer)", "52.1 ±0.5 (fused/32)", "1.35x", "95",
     ]  # fmt: skip
     assert "- sglang_v2+norm: not installed" in text
 
@@ -261,7 +261,7 @@ def test_the_table_compares_with_the_best_rival_and_the_floor():
 def test_a_table_has_dashes_where_nothing_was_measured():
     text = table.text(Result("op", META, tuple(_rows(64)[:3])))
     cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
-    assert cells == ["64", "3.10", "28.7 ±0.6 (nccl+norm)", "-", "-", "-"]
+    assert cells == ["64", "3.10", "28.7 ±0.3 (nccl+norm)", "-", "-", "-"]
 
 
 def test_bars_pass_fail_and_are_missing():

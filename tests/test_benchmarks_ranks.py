@@ -126,6 +126,9 @@ class _Gloo(Variant):
             shares.append(Buffer(buffer.x, buffer.residual[rows], rows.start))
         return shares
 
+    def close(self):
+        self.bench.place.meet()
+
     def run(self, buffer):
         self.calls += 1
         dist.all_reduce(buffer.x)
@@ -174,7 +177,7 @@ FAULTS = {
 
 def _work(rank, link):
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    parts = {"size": _size, "ours": _ours, "smoke": _smoke}
+    parts = {"size": _size, "grid": _grid, "ours": _ours, "smoke": _smoke}
     link.send({"process": os.getpid()} | {name: part(rank, link) for name, part in parts.items()})
 
 
@@ -185,16 +188,38 @@ def _variants(faults):
     }
 
 
-def _size(rank, link):
+class _Reports:
+    """A link that keeps what rank 0 would send."""
+
+    def __init__(self):
+        self.rows, self.absent = [], {}
+
+    def phase(self, name):
+        pass
+
+    def send(self, report):
+        self.rows += report.rows
+        self.absent |= report.absent
+
+
+def _run_cases(rank, cases, names, cache_bytes, seconds):
     place = Place(rank, dist.get_world_size(), torch.device("cpu"))
-    bench = Workbench(place, CASE.hidden, torch.bfloat16, CASE.tokens, 2 * CASE.tokens)
+    options = Options(cases, names, 7, 1, cache_bytes, time.monotonic() + seconds)
+    reports = _Reports()
+    worker.run_cases(place, reports, options, [("floor/1", _Copies())], _timer)
+    return reports.rows, reports.absent
+
+
+def _size(rank, link):
     worker.VARIANTS = _variants(FAULTS)
-    cache_bytes = 2 * CASE.bytes  # two buffers
-    options = Options((CASE,), tuple(FAULTS), 7, 1, cache_bytes, time.monotonic() + PATIENCE_S)
-    variants, absent = worker._make(bench, options.variants, link, CASE.shape)
-    able, refused = worker._able(variants, CASE)
-    report = Size(bench, CASE, options, link, _timer).run(able, [("floor/1", _Copies())])
-    return report.rows, {**absent, **refused, **report.absent}
+    return _run_cases(rank, (CASE,), tuple(FAULTS), 2 * CASE.bytes, PATIENCE_S)  # two buffers
+
+
+def _grid(rank, link):
+    """Measure two shapes, once in time and once too late."""
+    worker.VARIANTS = _variants({"nccl+norm": None, "flashinfer": "small"})
+    cases = tuple(Case(hidden, "bf16", tokens) for hidden in (8, 16) for tokens in (1, 2, 3, 4))
+    return [_run_cases(rank, cases, tuple(worker.VARIANTS), 1, seconds) for seconds in (60, 0)]
 
 
 def _ours(rank, link):
@@ -241,7 +266,7 @@ def test_ranks_end_when_they_are_done(told):
 
 def test_a_size_is_checked_timed_and_reported(told):
     rows, absent = told[0]["size"]
-    assert told[1]["size"] == (rows, absent)
+    assert told[1]["size"] == ([], {})  # rank 0 speaks for all
     times = {row.variant: (row.time_us, row.spread_us) for row in rows}
     # 2 us is the slowest rank's; the floor's rate is 4000 bytes in 2 us, and S is 640 bytes.
     assert times == {"floor": (pytest.approx(0.32), 0.0), "nccl+norm": (2.0, 0.0)}
@@ -261,6 +286,22 @@ def test_a_size_is_checked_timed_and_reported(told):
         assert re.match(r"wrong result: relative error \[.*\] by rank", absent[name])
     assert "nan" in absent[wrong[2]]
     assert absent[tires].endswith("after it was timed")
+
+
+def test_all_sizes_of_all_shapes_are_reported_or_named(told):
+    (rows, absent), (late_rows, late) = told[0]["grid"]
+    measured = [(row.shape, row.tokens) for row in rows if row.variant == "nccl+norm"]
+    shapes = [f"h{hidden}-bf16" for hidden in (8, 16)]
+    assert measured == [(shape, tokens) for shape in shapes for tokens in (1, 2, 3, 4)]
+    small = [(row.shape, row.tokens) for row in rows if row.variant == "flashinfer"]
+    assert small == [(shape, tokens) for shape in shapes for tokens in (1, 2)]
+    assert absent == {f"flashinfer at {shape} from 3 tokens": "too many tokens" for shape in shapes}
+    assert late_rows == []
+    assert late == {
+        f"{shape}, {tokens} tokens": "the time was up"
+        for shape in shapes
+        for tokens in (1, 2, 3, 4)
+    }
 
 
 def test_our_variants_call_the_transport_rightly(told):
