@@ -65,17 +65,12 @@ def plot(result: Result, folder: Path, stem: str) -> list[Path]:
         for shape in shapes(result):
             for name, draw in (("tokens", _against_tokens), ("ctas", _against_ctas)):
                 path = folder / f"{stem}-{shape}-{name}.png"
-                figure = draw(by_size(result, shape), f"{shape}: {_where(result)}")
+                figure = draw(by_size(result, shape), f"{shape}: {result.meta.place}")
                 if figure is not None:
                     figure.savefig(path)
                     plt.close(figure)
                     paths.append(path)
     return paths
-
-
-def _where(result: Result) -> str:
-    meta = result.meta
-    return f"{meta.world_size} x {meta.gpu}, driver {meta.driver}, commit {meta.commit[:12]}"
 
 
 def _against_tokens(sizes: Sizes, title: str) -> Any:

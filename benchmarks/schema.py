@@ -61,6 +61,16 @@ class Meta:
     absent: Mapping[str, str] = field(default_factory=dict)  # what did not run, and why
     smoke: bool = False  # ranks shared a GPU: the times mean nothing
 
+    @property
+    def place(self) -> str:
+        """Return the GPUs, their driver and the commit, for a heading."""
+        commit, _, changed = self.commit.partition("-")
+        dirty = "-dirty" if changed else ""
+        return (
+            f"{self.world_size} ranks, {self.gpu}, driver {self.driver}, "
+            f"commit {commit[:12]}{dirty}"
+        )
+
 
 @dataclass(frozen=True)
 class Row:

@@ -31,8 +31,7 @@ def heading(meta: Meta) -> str:
     """Return one paragraph that says where and with what it was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in meta.versions.items())
     lines = [
-        f"{meta.world_size} ranks, {meta.gpu}, driver {meta.driver}, commit {meta.commit[:12]}"
-        + ("-dirty" if meta.commit.endswith("-dirty") else ""),
+        meta.place + (f"; {meta.clocks}" if meta.clocks else ""),
         f"{meta.date}; {versions}",
         f"Medians of up to {meta.rounds} interleaved rounds, slowest rank, "
         f"± half the interquartile range; NVLink multicast "

@@ -256,6 +256,7 @@ def test_the_table_compares_with_the_best_rival_and_the_floor():
         "1024", "49.7", "70.6 ±0.7 (flashinfer)", "52.1 ±0.5 (fused/32)", "1.35x", "95",
     ]  # fmt: skip
     assert "- sglang_v2+norm: not installed" in text
+    assert "commit 0123456789ab-dirty\n" in table.text(_result(commit=META.commit + "-dirty"))
 
 
 def test_a_table_has_dashes_where_nothing_was_measured():
