@@ -54,15 +54,7 @@ class _Run:
 
 
 def _prepare(options: argparse.Namespace, command: str) -> _Run:
-    if not torch.cuda.is_available():
-        raise RuntimeError("this benchmark needs NVIDIA GPUs, and torch finds none here")
-    smoke = options.ranks_per_gpu > 1
-    world_size = options.world_size or torch.cuda.device_count() * options.ranks_per_gpu
-    if world_size < 2 or world_size > torch.cuda.device_count() * options.ranks_per_gpu:
-        raise ValueError(
-            f"{world_size} ranks on {torch.cuda.device_count()} GPUs: at least 2, one per GPU "
-            "(--ranks-per-gpu 2 tries the program out on one GPU, without meaning of the times)"
-        )
+    world_size, smoke = _world_size(options)
     grid = cases.grid(_numbers(options.hidden), options.dtype, _numbers(options.tokens))
     variants = _names(options.variants)
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -85,6 +77,20 @@ def _prepare(options: argparse.Namespace, command: str) -> _Run:
         end=time.monotonic() + options.seconds,
     )
     return _Run(run, plan.seconds, Result("op", meta, ()), options.output)
+
+
+def _world_size(options: argparse.Namespace) -> tuple[int, bool]:
+    """Return the number of ranks, and whether they share GPUs."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("this benchmark needs NVIDIA GPUs, and torch finds none here")
+    gpus, per_gpu = torch.cuda.device_count(), options.ranks_per_gpu
+    world_size: int = options.world_size or gpus * per_gpu
+    if per_gpu < 1 or not 2 <= world_size <= gpus * per_gpu:
+        raise ValueError(
+            f"{world_size} ranks on {gpus} GPUs: at least 2, one per GPU "
+            "(--ranks-per-gpu 2 tries the program out on one GPU, without meaning of the times)"
+        )
+    return world_size, per_gpu > 1
 
 
 def _collect(run: _Run, deadline_s: float) -> Result:

@@ -120,14 +120,8 @@ def _against_ctas(sizes: Sizes, title: str) -> Any:
     right.axhline(1, color="k", ls="--", lw=1.2)
     most = max(right.get_ylim()[1], 2)
     right.set_yticks([tick for tick in _RATIO_TICKS if tick <= most])
-    counts = sorted({count for times in lines.values() for count in times})
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_xlabel("thread blocks (CTAs)")
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(_PLAIN)
-        axes.yaxis.set_minor_locator(NullLocator())
+        _ctas_axis(axes, sorted({count for times in lines.values() for count in times}))
     handles = left.get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", title="tokens", reverse=True)
     return figure
@@ -184,6 +178,15 @@ def _tokens_axis(axes: Any, tokens: list[int]) -> None:
     axes.set_xticks(shown, [_short(count) for count in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens")
+
+
+def _ctas_axis(axes: Any, counts: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlabel("thread blocks (CTAs)")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _short(count: int) -> str:
