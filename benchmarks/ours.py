@@ -1,8 +1,7 @@
 """The project's own variants, and the floor that they are held against."""
 
-import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -10,65 +9,88 @@ from benchmarks.cases import FLOOR_BYTES, Case
 from benchmarks.variant import EPS, Absent, Buffer, Output, Variant
 from benchmarks.workbench import Place, Workbench
 from sglang_tokenweave import driver
+from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.symmetric import PeerMemory
+from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 
 FUSED_CTAS = (2, 4, 8, 16, 32)
 
 
-class Fused(Variant):
-    """Our op in place, by the fused kernel on so many thread blocks or by the copy engines."""
+class _Ours(Variant):
+    """Our op, in place on rows of a symmetric buffer, the residual sharded over the ranks."""
 
-    def __init__(self, bench: Workbench, name: str) -> None:
+    def __init__(self, bench: Workbench, name: str, memory: SymmetricBuffer) -> None:
         self.name = name
         self.bench = bench
-        engine, _, ctas = name.partition("/")
-        self._ctas = int(ctas or 2)
-        self._engine = engine
-        self._transport, self._memory = bench.transport
-        if engine == "copy_engine" and not _takes_engine(self._transport):
-            raise Absent("this transport has no copy engines")
+        self._memory = memory
 
     def buffers(self, case: Case, count: int) -> list[Buffer]:
-        owned = self._memory.slot(0, case.tokens).owned_rows(
-            self.bench.place.rank, self.bench.place.world_size
-        )
+        place, tokens = self.bench.place, case.tokens
+        owned = self._memory.slot(0, tokens).owned_rows(place.rank, place.world_size)
         rows = owned.stop - owned.start
         return [
             Buffer(
-                self._memory.tensor[i * case.tokens : (i + 1) * case.tokens],
-                self.bench.residual[i * case.tokens : i * case.tokens + rows],
+                self._memory.tensor[start : start + tokens],
+                self.bench.residual[start : start + rows],
                 owned.start,
             )
-            for i in range(count)
+            for start in range(0, count * tokens, tokens)
         ]
 
     def run(self, buffer: Buffer) -> Output:
-        tokens = buffer.x.shape[0]
-        start = (buffer.x.data_ptr() - self._memory.tensor.data_ptr()) // (
-            self.bench.hidden * buffer.x.element_size()
-        )
-        slot = self._memory.slot(start, start + tokens)
-        _call(self._transport, slot, buffer.residual, self.bench.weight, self._ctas, self._engine)
-        return Output(slot.tensor, buffer.residual)
+        rows = buffer.x.data_ptr() - self._memory.tensor.data_ptr()
+        start = rows // (self.bench.hidden * buffer.x.element_size())
+        self.launch(self._memory.slot(start, start + buffer.x.shape[0]), buffer.residual)
+        return Output(buffer.x, buffer.residual)
+
+    @abstractmethod
+    def launch(self, slot: Slot, residual: torch.Tensor | None) -> None:
+        """Enqueue the op on the current stream."""
 
 
-def _takes_engine(transport: Any) -> bool:
-    return "engine" in inspect.signature(transport.allreduce_rmsnorm).parameters
+class Fused(_Ours):
+    """The fused kernel on so many thread blocks, over unicast addresses."""
+
+    def __init__(self, bench: Workbench, name: str) -> None:
+        self._transport, memory = self.transport(bench)
+        self._ctas = int(name.partition("/")[2])
+        super().__init__(bench, name, memory)
+
+    def transport(self, bench: Workbench) -> tuple[Transport, SymmetricBuffer]:
+        """Return the transport, shared by all counts of thread blocks, and its buffer."""
+        return bench.transport
+
+    def launch(self, slot: Slot, residual: torch.Tensor | None) -> None:
+        weight = self.bench.weight
+        self._transport.allreduce_rmsnorm(
+            slot, residual, weight, EPS, ctas=self._ctas, beside=False
+        ).wait()
 
 
-def _call(
-    transport: Any,
-    slot: Any,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    ctas: int,
-    engine: str,
-) -> None:
-    """Call the transport: all that this benchmark knows of how it is called."""
-    options = {"engine": engine} if engine == "copy_engine" else {}
-    transport.allreduce_rmsnorm(
-        slot, residual, weight, EPS, ctas=ctas, beside=False, **options
-    ).wait()
+class Multicast(Fused):
+    """The same by NVSwitch multicast."""
+
+    uses_multicast = True
+
+    def transport(self, bench: Workbench) -> tuple[Transport, SymmetricBuffer]:
+        return bench.multicast_transport
+
+
+class CopyEngines(_Ours):
+    """The copy engines move the bytes; a short kernel normalises."""
+
+    def __init__(self, bench: Workbench, name: str) -> None:
+        place = bench.place
+        num_bytes = bench.capacity * bench.hidden * bench.dtype.itemsize
+        memory = PeerMemory(num_bytes, place.device, place.group)
+        bench.on_close(memory.close)
+        rows = memory.bytes[:num_bytes].view(bench.dtype).view(bench.capacity, bench.hidden)
+        self._engine = CopyEngine.create(place.group, place.device, rows, memory.addresses)
+        bench.on_close(self._engine.close)
+        super().__init__(bench, name, SymmetricBuffer(rows))
+
+    def launch(self, slot: Slot, residual: torch.Tensor | None) -> None:
+        self._engine.allreduce_rmsnorm(slot, residual, self.bench.weight, EPS, beside=False).wait()
 
 
 class Floor:
@@ -130,7 +152,8 @@ class Floor:
 
 OURS: dict[str, Callable[[Workbench, str], Variant]] = {
     **{f"fused/{ctas}": Fused for ctas in FUSED_CTAS},
-    "copy_engine": Fused,
+    **{f"multicast/{ctas}": Multicast for ctas in FUSED_CTAS},
+    "copy_engine": CopyEngines,
 }
 
 

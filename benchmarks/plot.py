@@ -29,7 +29,7 @@ _STYLE = {
     "savefig.bbox": "tight",
     "savefig.dpi": 160,
 }
-_OURS_COLORS = {"fused": "#0b5fa5", "copy_engine": "#d1495b"}
+_OURS_COLORS = {"fused": "#0b5fa5", "multicast": "#2a9d8f", "copy_engine": "#d1495b"}
 # One colour each, the same in every plot, whichever of them a file has.
 _OTHER_COLORS = {
     "nccl": "#b0b0b0",
@@ -42,7 +42,7 @@ _OTHER_COLORS = {
     "flashinfer": "#5aa02c",
     "flashinfer/oneshot": "#a1d076",
 }
-_BEST = "fused, best CTA count"
+_BEST = ", best CTA count"
 _CTAS_TOKENS = 64  # below, the number of thread blocks changes little
 _RATIO_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
@@ -128,22 +128,23 @@ def _against_ctas(sizes: Sizes, title: str) -> Any:
 
 
 def _lines(sizes: Sizes) -> dict[str, dict[int, Row]]:
-    """Return every variant's rows by tokens; of the fused kernel, the best count at each size."""
+    """Return every variant's rows by tokens; of our kernel, the best count at each size."""
     lines: dict[str, dict[int, Row]] = {}
     for tokens, rows in sizes.items():
-        fused = [row for row in rows.values() if row.variant.startswith("fused/")]
-        best = fastest(fused, Role.OURS)
-        if best is not None:
-            lines.setdefault(_BEST, {})[tokens] = best
         for name, row in rows.items():
-            if role(name) is not Role.FLOOR and row not in fused:
+            if role(name) is not Role.FLOOR and ctas(name) is None:
                 lines.setdefault(name, {})[tokens] = row
+        for kind in ("fused", "multicast"):
+            counts = [row for name, row in rows.items() if name.startswith(f"{kind}/")]
+            best = fastest(counts, Role.OURS)
+            if best is not None:
+                lines.setdefault(kind + _BEST, {})[tokens] = best
     return lines
 
 
 def _legend_order(name: str) -> tuple[bool, bool, str]:
     """Ours first, then whole rivals, then what does less."""
-    return (name != _BEST and role(name) is not Role.OURS, role(name) is Role.PART, name)
+    return (_color_of_ours(name) is None, role(name) is Role.PART, name)
 
 
 def _by_ctas(rows: Mapping[str, Row]) -> dict[int, float]:
@@ -154,13 +155,17 @@ def _by_ctas(rows: Mapping[str, Row]) -> dict[int, float]:
 
 
 def _style(name: str) -> dict[str, Any]:
-    if name == _BEST or role(name) is Role.OURS:
-        color = _OURS_COLORS["fused" if name == _BEST else "copy_engine"]
+    color = _color_of_ours(name)
+    if color is not None:
         return {"color": color, "lw": 2.4, "marker": "o", "ms": 4, "zorder": 3, "label": name}
     alone = role(name) is Role.PART
     label = f"{name} (no norm)" if alone else name
     color = _OTHER_COLORS.get(name, "#999999")
     return {"color": color, "lw": 1.2, "ls": ":" if alone else "-", "label": label}
+
+
+def _color_of_ours(name: str) -> str | None:
+    return _OURS_COLORS.get(name.removesuffix(_BEST))
 
 
 def _band(axes: Any, rows: Mapping[int, Row], style: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ from benchmarks import switches
 from benchmarks.cases import Case
 from benchmarks.variant import Absent, Buffer, Inputs
 from sglang_tokenweave.agreement import gather
+from sglang_tokenweave.peer import MulticastTransport, PeerTransport
+from sglang_tokenweave.transport import SymmetricBuffer, Transport
 
 _REASON_CHARACTERS = 400
 
@@ -110,6 +112,10 @@ class Workbench:
         self.weight = self.inputs.weight()
         self._stack = ExitStack()
 
+    def on_close(self, release: Callable[[], None]) -> None:
+        """Call `release` when all ranks have finished with this shape, the last one first."""
+        self._stack.callback(release)
+
     def close(self) -> None:
         """Release everything; a collective call."""
         self.place.meet()
@@ -145,12 +151,18 @@ class Workbench:
         return memory
 
     @cached_property
-    def transport(self) -> Any:
-        """Return our transport with its buffer, `(transport, buffer)`; a collective call."""
-        from sglang_tokenweave.peer import PeerTransport
+    def transport(self) -> tuple[Transport, SymmetricBuffer]:
+        """Return our unicast transport with its buffer; a collective call."""
+        return self._allocate(PeerTransport(self.place.group, self.place.device))
 
-        transport = PeerTransport(self.place.group, self.place.device)
-        self._stack.callback(transport.close)
+    @cached_property
+    def multicast_transport(self) -> tuple[Transport, SymmetricBuffer]:
+        """Return our multicast transport with its buffer; a collective call."""
+        switches.check("our multicast transport", True, os.environ)
+        return self._allocate(MulticastTransport(self.place.group, self.place.device))
+
+    def _allocate(self, transport: Transport) -> tuple[Transport, SymmetricBuffer]:
+        self.on_close(transport.close)
         return transport, transport.allocate(self.capacity, self.hidden, self.dtype)
 
     def split(self, x: torch.Tensor, case: Case, count: int, *, norm: bool) -> list[Buffer]:

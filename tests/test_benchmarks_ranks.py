@@ -223,13 +223,14 @@ def _grid(rank, link):
 
 
 def _ours(rank, link):
-    """Measure our variants over the transport that runs on a CPU; it has no copy engines."""
+    """Measure our variants over the transport that runs on a CPU, which has no copy engines."""
     place = Place(rank, dist.get_world_size(), torch.device("cpu"))
     bench = Workbench(place, CASE.hidden, torch.bfloat16, CASE.tokens, 3 * CASE.tokens)
     transport = ReferenceTransport(place.group, place.device)
     bench.transport = transport, transport.allocate(bench.capacity, bench.hidden, bench.dtype)
     worker.VARIANTS = OURS
-    names = ("fused/2", "fused/8", "copy_engine")
+    os.environ |= switches.SWITCHES
+    names = ("fused/2", "fused/8", "multicast/8", "copy_engine")
     options = Options((CASE,), names, 2, 1, 3 * CASE.bytes, time.monotonic() + PATIENCE_S)
     variants, absent = worker._make(bench, names, link, CASE.shape)
     report = Size(bench, CASE, options, link, _timer).run(variants, [("floor/1", _Copies())])
@@ -308,7 +309,8 @@ def test_our_variants_call_the_transport_rightly(told):
     for each in told:
         variants, absent = each["ours"]
         assert variants == ["floor", "fused/2", "fused/8"]
-        assert absent == {"copy_engine at h64-bf16": "this transport has no copy engines"}
+        assert set(absent) == {"copy_engine at h64-bf16", "multicast/8 at h64-bf16"}
+        assert "MulticastForbiddenError" in absent["multicast/8 at h64-bf16"]
 
 
 def test_multicast_is_not_started_and_ranks_go_by_one_clock(told):
