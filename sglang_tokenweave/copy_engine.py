@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave import add_rmsnorm, driver
-from sglang_tokenweave.agreement import step
+from sglang_tokenweave.agreement import Group, as_group, step
 from sglang_tokenweave.copy_lanes import CopyLanes, new_event, new_stream, order
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Plan, Region, Rows, make_plan
 from sglang_tokenweave.kernels import FP8
@@ -96,39 +96,46 @@ class CopyEngine:
     @classmethod
     def create(
         cls,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | Group,
         device: torch.device,
-        buffer: torch.Tensor,
-        addresses: Sequence[int],
+        layout: Layout,
+        regions: Sequence[Region],
         **options: Any,
     ) -> "CopyEngine":
-        """Make an engine for a symmetric buffer; a collective call over `group`, a CPU group.
+        """Make an engine and its scratch memory; a collective call over `group`, a CPU group.
 
         Args:
             group: of the ranks of one host.
-            device: where this rank runs.
-            buffer: `[capacity, hidden_size]`, this rank's rows.
-            addresses: where this rank reaches the buffer of each rank.
-            options: as of `CopyEngine`.
+            device, layout, regions, options: as of `CopyEngine`.
 
         Raises:
             ValueError: as of `CopyEngine`.
-            DisagreementError: on all ranks, when any rank failed.
+            DisagreementError: on all ranks, when any rank failed; nothing stays allocated.
+            LostRankError: some rank did not take part.
         """
-        rank = dist.get_rank(group)
-        capacity, hidden_size = buffer.shape
-        layout = Layout(dist.get_world_size(group), capacity, hidden_size, buffer.dtype)
+        group = as_group(group)
         with ExitStack() as stack:
             memory = PeerMemory(layout.num_bytes, device, group)
             stack.callback(memory.close)
-            scratch = Region(rank, tuple(memory.addresses), layout.num_bytes)
-            rows = Region(rank, tuple(addresses), buffer.numel() * buffer.itemsize)
-            engine = step(
-                "copy engine", group, lambda: cls(layout, scratch, [rows], device, **options)
-            )
-            stack.enter_context(engine._resources)  # unwound first
+            scratch = Region(group.rank, tuple(memory.addresses), layout.num_bytes)
+
+            def make() -> CopyEngine:
+                engine = cls(layout, scratch, regions, device, **options)
+                stack.enter_context(engine._resources)  # also if it is another rank that fails
+                return engine
+
+            engine = step("copy engine", group, make)
             engine._resources = stack.pop_all()
         return engine
+
+    def add_region(self, region: Region) -> None:
+        """Let slots and results be in this memory, too.
+
+        Raises:
+            ValueError: it is of another number of ranks.
+        """
+        _check_memory(self._layout, self._scratch, [region])
+        self._regions = (*self._regions, region)
 
     def allreduce_rmsnorm(
         self,

@@ -89,12 +89,19 @@ class Recorder:
 
     CALLER = 1
 
-    def __init__(self) -> None:
+    def __init__(self, fails: str = "") -> None:
+        """`fails`: a function that is out of memory."""
+        self._fails = fails
         self.program = Program({self.CALLER: []})
         self.live: list[object] = []  # what was created and not destroyed
         self._handles = iter(range(self.CALLER + 1, 10**6))
         self._events: dict[int, After] = {}
         self._host = {}
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "__dict__").get("_fails"):
+            return lambda *_: (real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+        return object.__getattribute__(self, name)
 
     def __getattr__(self, name):
         if name.startswith("cu") and not name.startswith("cuuint"):

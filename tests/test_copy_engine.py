@@ -2,14 +2,17 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from exploring import Broken, Explorer
 from exploring import Slot as Piece
+from in_process import World
 from streams import After, Copy, Recorder, Run, Stuck, Wait, Write
 
-from sglang_tokenweave import watchdog
+from sglang_tokenweave import copy_engine, driver, watchdog
+from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.copy_engine import MAX_LANES, CopyEngine
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Region
 from sglang_tokenweave.kernels import FP8
@@ -383,6 +386,55 @@ def test_nothing_is_made_and_no_wait_is_on_a_lane_after_the_start(cluster):
         ]
         assert len(waiting) == 2  # the caller's, and the one beside
         assert Recorder.CALLER in waiting
+
+
+# A group's engines.
+
+
+class Memory:
+    """Stands for PeerMemory; `live` has what is not closed."""
+
+    live: ClassVar[list] = []
+
+    def __init__(self, num_bytes, _device, group):
+        self.memory = torch.zeros(num_bytes, dtype=torch.uint8)
+        self.addresses = group.gather(self.memory.data_ptr())
+        self.live.append(self)
+
+    def close(self):
+        self.live.remove(self)
+
+
+@pytest.mark.parametrize("failing", ["", "cuMemHostAlloc", "cuEventCreate", "cuFuncLoad"])
+def test_engines_of_a_group_are_made_on_all_ranks_or_on_none(monkeypatch, failing):
+    world = World(3)
+    recorders = [Recorder(failing if rank == 1 else "") for rank in range(3)]
+    recorders[0].install(monkeypatch)
+    monkeypatch.setattr(driver, "bindings", lambda: recorders[world.rank])
+    monkeypatch.setattr(copy_engine, "PeerMemory", Memory)
+
+    def make(group):
+        x = bf16(64, HIDDEN)
+        addresses = group.gather(x.data_ptr())
+        layout = Layout(3, 64, HIDDEN, torch.bfloat16)
+        engine = CopyEngine.create(group, torch.device("cuda", 0), layout, [])
+        engine.add_region(Region(group.rank, tuple(addresses), x.nbytes))
+        slot = SymmetricBuffer(x).slot(0, 64)
+        engine.allreduce_rmsnorm(slot, None, bf16(HIDDEN), EPS, beside=False)
+        group.gather(None)
+        assert len(Memory.live) == 3
+        group.gather(None)
+        engine.close()
+        return any(isinstance(s, Wait) for s in recorders[group.rank].program.streams[1])
+
+    outcomes = world.run(make)
+    if failing:
+        assert all(isinstance(outcome, DisagreementError) for outcome in outcomes)
+        assert f"copy engine failed on rank 1: {failing}: CUDA_ERROR_OUT" in str(outcomes[0])
+    else:
+        assert outcomes == [True] * 3
+    assert not Memory.live
+    assert not any(recorder.live for recorder in recorders)
 
 
 # Errors.

@@ -291,6 +291,7 @@ def test_a_rank_that_waits_for_a_dead_one_ends_with_a_message(flags):
 
 def real_engine(rank, capacity, hidden, dtype, flags):
     from sglang_tokenweave.copy_engine import CopyEngine
+    from sglang_tokenweave.copy_plan import Layout, Region
     from sglang_tokenweave.symmetric import PeerMemory
 
     torch.cuda.set_device(rank)
@@ -298,7 +299,9 @@ def real_engine(rank, capacity, hidden, dtype, flags):
     num_bytes = capacity * hidden * dtype.itemsize
     memory = PeerMemory(num_bytes, device, group)
     x = memory.bytes[:num_bytes].view(dtype).view(capacity, hidden)
-    engine = CopyEngine.create(group, device, x, memory.addresses, flags=flags, deadline_s=20.0)
+    layout = Layout(2, capacity, hidden, dtype)
+    region = Region(rank, tuple(memory.addresses), num_bytes)
+    engine = CopyEngine.create(group, device, layout, [region], flags=flags, deadline_s=20.0)
     return engine, x, memory
 
 
