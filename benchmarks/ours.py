@@ -10,6 +10,7 @@ from benchmarks.variant import EPS, Absent, Buffer, Output, Variant
 from benchmarks.workbench import Place, Workbench
 from sglang_tokenweave import driver
 from sglang_tokenweave.copy_engine import CopyEngine
+from sglang_tokenweave.copy_plan import Layout, Region
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 
@@ -85,7 +86,9 @@ class CopyEngines(_Ours):
         memory = PeerMemory(num_bytes, place.device, place.group)
         bench.on_close(memory.close)
         rows = memory.bytes[:num_bytes].view(bench.dtype).view(bench.capacity, bench.hidden)
-        self._engine = CopyEngine.create(place.group, place.device, rows, memory.addresses)
+        layout = Layout(place.world_size, bench.capacity, bench.hidden, bench.dtype)
+        region = Region(place.rank, tuple(memory.addresses), num_bytes)
+        self._engine = CopyEngine.create(place.group, place.device, layout, [region])
         bench.on_close(self._engine.close)
         super().__init__(bench, name, SymmetricBuffer(rows))
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 ENVIRONMENT_VARIABLE = "SGLANG_TOKENWEAVE"
 TRANSPORTS = ("auto", "reference", "peer", "multicast")
+CHOICES = {"transport": TRANSPORTS, "engine": ("kernel", "copy")}
 
 
 class ConfigError(ValueError):
@@ -37,6 +38,11 @@ class TokenWeaveConfig:
         "who moves the bytes: 'reference' is torch.distributed, 'peer' and 'multicast' the fused "
         "kernel over NVLink; 'auto' the best there is",
     )
+    engine: str = _option(
+        "kernel",
+        "who does it beside a computation: 'kernel' on --tokenweave-ctas thread blocks, or 'copy', "
+        "the copy engines, which take no SM",
+    )
     min_tokens: int = _option(1024, "smallest prefill batch, in tokens, that is woven")
     fuse_min_tokens: int = _option(
         0, "smallest batch that runs unsplit through the fused op (0: never)"
@@ -59,9 +65,15 @@ class TokenWeaveConfig:
                 raise ConfigError(
                     f"{describe(option.name)} is {value!r}; it must be of type {wanted.__name__}"
                 )
-        if self.transport not in TRANSPORTS:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{describe(name)} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
+        if self.engine == "copy" and self.transport != "peer":
             raise ConfigError(
-                f"{describe('transport')} is {self.transport!r}; allowed: {', '.join(TRANSPORTS)}"
+                f"{describe('engine')} is 'copy' and {describe('transport')} is "
+                f"{self.transport!r}; the copy engines serve the transport peer only"
             )
         self._check_at_least("min_tokens", 2)
         for name in ("fuse_min_tokens", "decode_min_tokens", "log_interval"):

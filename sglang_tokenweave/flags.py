@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from sglang_tokenweave import refusals
-from sglang_tokenweave.config import TRANSPORTS, ConfigError, TokenWeaveConfig, export, flag
+from sglang_tokenweave.config import CHOICES, ConfigError, TokenWeaveConfig, export, flag
 
 
 class _Export(argparse.Action):
@@ -31,8 +31,8 @@ def add_arguments(result: None, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TokenWeave", "hide tensor-parallel communication")
     for option in fields(TokenWeaveConfig):
         shape: dict[str, Any] = {"nargs": 0} if option.type is bool else {"type": option.type}
-        if option.name == "transport":
-            shape["choices"] = TRANSPORTS
+        if option.name in CHOICES:
+            shape["choices"] = CHOICES[option.name]
         shown = "" if option.type is bool else f" (default: {option.default})"
         group.add_argument(
             flag(option.name),

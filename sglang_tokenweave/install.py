@@ -188,7 +188,8 @@ def _install(model_runner: Any) -> None:
     hf_config = model_runner.model_config.hf_config
     inner = model_runner.model.model
     place = PipelineStage.of(inner)
-    transport = transports.create(transports.resolve(config.transport, device), device, place.group)
+    name = transports.resolve(config.transport, device)
+    transport = transports.create(name, device, place.group, engine=config.engine)
     capacity = _capacity(seams.resolved_arguments())
     try:
         buffer = transport.allocate(capacity, hf_config.hidden_size, model_runner.dtype)

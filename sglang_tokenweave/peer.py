@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave.agreement import DisagreementError, step
+from sglang_tokenweave.copy_engine import CopyEngine
+from sglang_tokenweave.copy_plan import Layout, Region
 from sglang_tokenweave.fused import SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8, choose_variant
 from sglang_tokenweave.symmetric import PeerMemory
@@ -46,13 +48,20 @@ class _Region:
 
 
 class PeerTransport:
-    """`allreduce_rmsnorm` by one kernel over unicast addresses."""
+    """`allreduce_rmsnorm` by one kernel over unicast addresses, or by the copy engines."""
 
     name = "peer"
     _is_multicast = False
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, *, engine: str = "kernel"
+    ) -> None:
         """Prepare signals; a collective call over `group`, a CPU group of one host.
+
+        Args:
+            engine: who moves the bytes beside a computation, in place: the "kernel", or the
+                "copy" engines, which take no SM. In line, where nothing is to be spared, and to
+                another buffer it is always the kernel.
 
         Raises:
             DisagreementError: on all ranks, when memory cannot be shared.
@@ -61,6 +70,8 @@ class PeerTransport:
         self.world_size = dist.get_world_size(group)
         self._group = group
         self._device = device
+        self._engine = engine
+        self._copy_engines: dict[int, CopyEngine] = {}  # by the index of the region
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -95,6 +106,11 @@ class PeerTransport:
         buffer = SymmetricBuffer(rows, scales)
         self._regions.append(_Region(buffer, memory))
         step("compiling", self._group, self._prepare)
+        if self._engine == "copy" and dtype != FP8:
+            layout = Layout(self.world_size, capacity, hidden_size, dtype)
+            region = Region(self.rank, tuple(memory.addresses), rows_bytes)
+            engine = CopyEngine.create(self._group, self._device, layout, [region])
+            self._copy_engines[len(self._regions) - 1] = engine
         return buffer
 
     def allreduce_rmsnorm(
@@ -114,6 +130,11 @@ class PeerTransport:
         Raises:
             ValueError: a tensor is not what the kernel takes.
         """
+        copy_engine = self._copy_engine(slot) if beside and out is None else None
+        if copy_engine is not None:
+            return copy_engine.allreduce_rmsnorm(
+                slot, residual, weight, eps, beside=True, weight_offset=weight_offset
+            )
         current = torch.cuda.current_stream()
         stream = self._stream if beside else current
         if beside:
@@ -136,6 +157,8 @@ class PeerTransport:
         """Unmap all memory; a collective call."""
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)
+        for engine in self._copy_engines.values():
+            engine.close()
         for region in self._regions:
             region.memory.close()
         self._signals.close()
@@ -150,6 +173,10 @@ class PeerTransport:
             for out in {dtype, FP8} if (FP8, hidden_size) in kinds else {dtype}:
                 if dtype != FP8:
                     self._op.prepare(dtype, hidden_size, out)
+
+    def _copy_engine(self, slot: Slot) -> CopyEngine | None:
+        found = (i for i, region in enumerate(self._regions) if region.rows(slot) is not None)
+        return self._copy_engines.get(next(found, -1))
 
     def _rows(self, slot: Slot) -> Rows:
         for region in self._regions:

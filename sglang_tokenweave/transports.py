@@ -62,10 +62,11 @@ def reasons(
     return ()
 
 
-def create(name: str, device: torch.device, group: Any) -> Transport:
+def create(name: str, device: torch.device, group: Any, *, engine: str = "kernel") -> Transport:
     """Make the transport `name`, as resolved; a collective call of SGLang's `group`.
 
     Args:
+        engine: of a device transport, beside a computation: as of `PeerTransport`.
         group: SGLang's GroupCoordinator of the tensor-parallel ranks.
 
     Raises:
@@ -73,4 +74,4 @@ def create(name: str, device: torch.device, group: Any) -> Transport:
     """
     if name == ReferenceTransport.name:
         return ReferenceTransport.create(device, group.ranks)
-    return _BY_KERNEL[name](group.cpu_group, device)
+    return _BY_KERNEL[name](group.cpu_group, device, engine=engine)

@@ -147,6 +147,26 @@ def test_two_streams_in_a_graph_many_times():
     torch.testing.assert_close(outputs[0].pow(2).mean(-1), torch.ones(2048), rtol=2e-2, atol=2e-2)
 
 
+def _copied_on_rank(rank):
+    from sglang_tokenweave.peer import PeerTransport
+
+    transport = PeerTransport(torch.distributed.group.WORLD, _device(rank), engine="copy")
+    buffer = transport.allocate(CAPACITY, 1024, torch.bfloat16)
+    cases = [case for case in CASES if case[-1]]  # beside: in line it is the kernel
+    answers = [_run_case(transport, buffer, rank, case) for case in cases]
+    transport.close()
+    return answers
+
+
+def test_the_copy_engines_give_the_same_as_the_kernel():
+    for answers in zip(*run_ranks(_copied_on_rank, WORLD, timeout_s=300), strict=True):
+        for answer in answers:
+            assert answer["error"] < 4e-3  # as above
+            assert answer["residual_error"] < 4e-3
+            assert answer["beyond"]
+            assert torch.equal(answer["output"], answers[0]["output"])
+
+
 def _fp8_on_rank(rank):
     from sglang_tokenweave.peer import PeerTransport
 
