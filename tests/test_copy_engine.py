@@ -1,166 +1,26 @@
-"""The copy engines' host code: what each rank enqueues, in every order and in random ones."""
+"""The copy engines' host code: what ranks enqueue, run in random orders and read as it stands."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from exploring import Broken, Explorer
-from exploring import Slot as Piece
+from enqueuing import EPS, bf16, clusters
 from in_process import World
-from streams import After, Copy, Recorder, Run, Stuck, Wait, Write
+from streams import Copy, Recorder, Run, Stuck, Wait
 
 from sglang_tokenweave import copy_engine, driver, watchdog
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.copy_engine import MAX_LANES, CopyEngine
-from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Region
-from sglang_tokenweave.kernels import FP8
-from sglang_tokenweave.transport import Slot, SymmetricBuffer
-
-EPS = 1e-5
-MODES = ("memory_ops", "kernels")
-
-
-class Cluster:
-    """Ranks in one process: what an engine needs, in a CPU's memory, and what each enqueued."""
-
-    def __init__(self, monkeypatch, world_size, capacity=64, hidden=16, dtype=torch.bfloat16):
-        self.monkeypatch = monkeypatch
-        self.layout = Layout(world_size, capacity, hidden, dtype)
-        ranks = range(world_size)
-        self.x = [torch.full((capacity, hidden), torch.nan, dtype=dtype) for _ in ranks]
-        self.out = [torch.full((capacity, hidden), torch.nan).to(FP8) for _ in ranks]
-        self.scales = [torch.full((capacity,), torch.nan) for _ in ranks]
-        self.scratch = [torch.zeros(self.layout.num_bytes, dtype=torch.uint8) for _ in ranks]
-        self.recorders = [Recorder() for _ in ranks]
-        self.engines = []
-        self.results = {}
-        self.num_checks = 0
-
-    def region(self, rank, tensors):
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        return Region(rank, addresses, tensors[0].numel() * tensors[0].itemsize)
-
-    def on_each_rank(self, enqueue, **options):
-        """Call `enqueue(rank, engine, recorder)` as each rank, once; return the programs."""
-        for rank, recorder in enumerate(self.recorders):
-            recorder.install(self.monkeypatch)
-            regions = [self.region(rank, each) for each in (self.x, self.out, self.scales)]
-            scratch = self.region(rank, self.scratch)
-            device = torch.device("cuda", 0)
-            engine = CopyEngine(self.layout, scratch, regions, device, **options)
-            self.engines.append(engine)
-            enqueue(rank, engine, recorder)
-        return [recorder.program for recorder in self.recorders]
-
-    def close(self):
-        for engine, recorder in zip(self.engines, self.recorders, strict=False):
-            recorder.install(self.monkeypatch)
-            engine.close()
-            assert not recorder.live
+from sglang_tokenweave.copy_plan import Channel, Layout, Region
+from sglang_tokenweave.transport import SymmetricBuffer
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    made = []
-
-    def make(*arguments, **options):
-        made.append(Cluster(monkeypatch, *arguments, **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def explorer(ranks, ops, *, flags="memory_ops", drops=lambda _: False):
-    """Enqueue ops (number of tokens, beside), each on a slot of its own that the caller fills."""
-    starts = [sum(tokens for tokens, _ in ops[:i]) for i in range(len(ops))]
-    weight = torch.ones(ranks.layout.hidden_size, dtype=ranks.layout.dtype)
-
-    def enqueue(rank, engine, recorder):
-        pending = []
-        for op, ((tokens, beside), start) in enumerate(zip(ops, starts, strict=True)):
-            # As the weave does: one half communicates, the other one computes.
-            if len(pending) > 1:
-                pending.pop(0).wait()
-            recorder.call(lambda _: None, op)
-            slot = SymmetricBuffer(ranks.x[rank]).slot(start, start + tokens)
-            pending.append(engine.allreduce_rmsnorm(slot, None, weight, EPS, beside=beside))
-        for each in pending:
-            each.wait()
-
-    programs = ranks.on_each_rank(enqueue, flags=flags)
-    pieces = [piece(ranks, start, tokens) for (tokens, _), start in zip(ops, starts, strict=True)]
-    return Explorer([program.replace(drops) for program in programs], pieces)
-
-
-def piece(ranks, start, tokens):
-    world_size = ranks.layout.world_size
-    slots = [Slot(x[start : start + tokens]) for x in ranks.x]
-    owned = [slots[0].owned_rows(owner, world_size) for owner in range(world_size)]
-    owned = [rows for rows in owned if rows.start < rows.stop]
-    return Piece(
-        tuple(tuple(slot.tensor[rows.start :].data_ptr() for rows in owned) for slot in slots),
-        tuple((rows.stop - rows.start) * ranks.layout.row_bytes for rows in owned),
-    )
-
-
-@pytest.mark.parametrize(
-    ("world_size", "ops", "flags"),
-    [
-        *((2, [(3, False)], mode) for mode in MODES),
-        *((2, [(3, False), (1, False), (2, False)], mode) for mode in MODES),
-        *((2, [(2, True), (2, True)], mode) for mode in MODES),
-        *((2, [(3, True), (2, False), (2, True)], mode) for mode in MODES),
-        *((3, [(3, False)], mode) for mode in MODES),
-        (3, [(5, False), (4, False)], "memory_ops"),
-    ],
-    ids=str,
-)
-def test_every_order_of_steps_is_right_and_all_go_on(cluster, world_size, ops, flags):
-    explorer(cluster(world_size, hidden=8), ops, flags=flags).explore()
-
-
-@pytest.mark.parametrize("flags", MODES)
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(
-    ("kind", "value"), [(Wait, 1), (Write, 1), (Write, 0)], ids=["wait", "set", "clearing"]
-)
-@pytest.mark.parametrize("phase", Phase)
-def test_every_order_finds_a_missing(cluster, phase, kind, value, world_size, flags):
-    ranks = cluster(world_size, hidden=8)
-    rank_of = {scratch.data_ptr(): rank for rank, scratch in enumerate(ranks.scratch)}
-    flag = ranks.layout.flag(Channel.IN_LINE, phase, 1)  # that rank 1 sets on rank 0
-
-    def drops(step):
-        return (
-            isinstance(step, kind) and step.value == value and rank_of.get(step.address - flag) == 0
-        )
-
-    with pytest.raises(Broken):
-        explorer(ranks, [(3, False)], flags=flags, drops=drops).explore()
-
-
-@pytest.mark.parametrize(
-    ("world_size", "beside"), [(2, True), (3, False)], ids=["of streams", "of lanes"]
-)
-def test_every_order_finds_missing_events(cluster, world_size, beside):
-    """Each wait for an event is needed: without any one of them, some order is wrong."""
-    ops = [(3, beside)]
-    ranks = cluster(world_size, hidden=8)
-    explorer(ranks, ops).explore()
-    streams = ranks.recorders[0].program.streams
-    waits = [step for steps in streams.values() for step in steps if isinstance(step, After)]
-    if beside:
-        # The last one joins; a replay of the model, as of a graph, ends with all of its streams.
-        assert waits[0] == streams[Recorder.CALLER][-1]
-        assert waits.pop(0) in [After(stream, len(steps)) for stream, steps in streams.items()]
-    assert waits
-    for wait in waits:
-        with pytest.raises(Broken):
-            explorer(cluster(world_size, hidden=8), ops, drops=lambda s, w=wait: s == w).explore()
+    with clusters(monkeypatch) as make:
+        yield make
 
 
 @dataclass(frozen=True)
@@ -414,13 +274,13 @@ def test_engines_of_a_group_are_made_on_all_ranks_or_on_none(monkeypatch, failin
     monkeypatch.setattr(copy_engine, "PeerMemory", Memory)
 
     def make(group):
-        x = bf16(64, HIDDEN)
+        x = bf16(64, 16)
         addresses = group.gather(x.data_ptr())
-        layout = Layout(3, 64, HIDDEN, torch.bfloat16)
+        layout = Layout(3, 64, 16, torch.bfloat16)
         engine = CopyEngine.create(group, torch.device("cuda", 0), layout, [])
         engine.add_region(Region(group.rank, tuple(addresses), x.nbytes))
         slot = SymmetricBuffer(x).slot(0, 64)
-        engine.allreduce_rmsnorm(slot, None, bf16(HIDDEN), EPS, beside=False)
+        engine.allreduce_rmsnorm(slot, None, bf16(16), EPS, beside=False)
         group.gather(None)
         assert len(Memory.live) == 3
         group.gather(None)
@@ -435,108 +295,3 @@ def test_engines_of_a_group_are_made_on_all_ranks_or_on_none(monkeypatch, failin
         assert outcomes == [True] * 3
     assert not Memory.live
     assert not any(recorder.live for recorder in recorders)
-
-
-# Errors.
-
-ROWS, HIDDEN = 8, 16
-
-
-def bf16(*shape):
-    return torch.zeros(shape, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"weight": bf16(HIDDEN + 8)}, r"weight is \(24,\)"),
-        ({"weight": torch.zeros(HIDDEN)}, "weight is .* torch.float32"),
-        ({"residual": bf16(ROWS, HIDDEN)}, r"residual is \(8, 16\) .* expected \(4, 16\)"),
-        ({"residual": bf16(ROWS, HIDDEN)[::2]}, "residual must be contiguous"),
-        ({"slot": Slot(bf16(ROWS, HIDDEN))}, "slot is in no memory"),
-        ({"slot": Slot(bf16(65, HIDDEN))}, "slot has 65 rows; this engine serves 1 to 64"),
-        ({"slot": Slot(bf16(0, HIDDEN))}, "slot has 0 rows"),
-        ({"slot": Slot(bf16(ROWS, HIDDEN + 8))}, r"slot is \(8, 24\)"),
-        ({"out": Slot(bf16(ROWS, HIDDEN))}, "result is in no memory"),
-        ({"out": Slot(bf16(ROWS - 1, HIDDEN))}, r"result is \(7, 16\)"),
-        (
-            {"out": Slot(torch.zeros(ROWS, HIDDEN))},
-            "result is to be torch.float32; .*_e4m3fn",
-        ),
-        ({"out": Slot(bf16(ROWS, HIDDEN).to(FP8))}, "only FP8 rows have scales, and they must"),
-        ({"out": Slot(bf16(ROWS, HIDDEN), torch.zeros(ROWS))}, "only FP8 rows have scales"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_wrong_arguments_are_refused_and_nothing_is_enqueued(cluster, change, named):
-    ranks = cluster(2)
-
-    def enqueue(rank, engine, recorder):
-        arguments = {
-            "slot": SymmetricBuffer(ranks.x[rank]).slot(0, ROWS),
-            "residual": None,
-            "weight": bf16(HIDDEN),
-            **change,
-        }
-        with pytest.raises(ValueError, match=named):
-            engine.allreduce_rmsnorm(**arguments, eps=EPS, beside=False)
-        assert not any(recorder.program.streams.values())
-
-    ranks.on_each_rank(enqueue, can_write_fp8=True)
-
-
-def test_a_symmetric_region_ends_where_it_ends():
-    region = Region(1, (1000, 2000), 64)
-    assert region.everywhere(2000, 64) == (1000, 2000)
-    assert region.everywhere(2016, 48) == (1016, 2016)
-    assert region.everywhere(2016, 49) is None
-    assert region.everywhere(1999, 1) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"num_bytes": 1535}, "scratch memory of 1535 bytes; this layout needs 2560"),
-        ({"addresses": (0,)}, "memory of 1 ranks; the layout has 2"),
-    ],
-    ids=["small", "alone"],
-)
-def test_memory_that_does_not_fit_is_refused(monkeypatch, change, named):
-    Recorder().install(monkeypatch)
-    layout = Layout(2, 64, 16, torch.bfloat16)
-    scratch = replace(Region(0, (0, 0), layout.num_bytes), **change)
-    with pytest.raises(ValueError, match=named):
-        CopyEngine(layout, scratch, [], torch.device("cuda", 0))
-
-
-def test_no_lanes_are_refused(cluster):
-    with pytest.raises(ValueError, match="max_lanes 0"):
-        cluster(2).on_each_rank(lambda *_: None, max_lanes=0)
-
-
-def test_other_flags_are_refused(cluster):
-    with pytest.raises(ValueError, match="flags 'events': expected 'memory_ops' or 'kernels'"):
-        cluster(2).on_each_rank(lambda *_: None, flags="events")
-
-
-def test_too_few_connections_are_refused(cluster, monkeypatch):
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with pytest.raises(RuntimeError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: .* 4 or more"):
-        cluster(2).on_each_rank(lambda *_: None)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    cluster(2).on_each_rank(lambda *_: None)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_scratch_memory_holds_each_thing_once(world_size):
-    layout = Layout(world_size, capacity=13, hidden_size=24, dtype=torch.float16)
-    share = -(-13 // world_size) * 24 * 2
-    peers = range(world_size)
-    places = [(layout.count(channel), 8) for channel in Channel]
-    places += [(layout.flag(c, phase, p), 8) for c in Channel for phase in Phase for p in peers]
-    staging = [(layout.staging(c, 1, peer), share) for c in Channel for peer in peers if peer != 1]
-    assert all(start % 16 == 0 for start, _ in staging)
-    ordered = sorted(places + staging)
-    ends = [start + size for start, size in ordered]
-    assert all(end <= start for end, (start, _) in zip(ends, ordered[1:], strict=False))
-    assert ends[-1] == layout.num_bytes
