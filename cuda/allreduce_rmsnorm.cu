@@ -41,14 +41,15 @@ struct Group {
     using Out = typename Packed<kFp8>::Type;
     // Of a row: the addends to fetch, the residual last.
     static constexpr int kPieces = Transport::kFabricAdds ? 1 : Transport::kAddresses + 1;
-    static constexpr int kWarps = kThreads / kWarpThreads;
+    // Where the fabric adds, registers are short: there the weight is read for each row, from L1.
+    static constexpr bool kKeepsWeight = !Transport::kFabricAdds;
 
     const Params& p;
     Ring<kVecs, kThreads, kStages> ring;
-    RowFacts (*partial)[kWarps];  // shared: [2], by turns, so that one barrier a row is enough
-    u32 id, first, owned, step;   // rows: the first of this rank's, how many, from one to the next
-    Vec weight[kVecs];            // unused where the fabric adds
-    Vec ahead[kVecs];             // where the fabric adds: the sum of the next row
+    WarpFacts<kThreads>* parts;  // shared: [2], by turns, so that one barrier a row is enough
+    u32 id, first, owned, step;  // rows: the first of this rank's, how many, from one to the next
+    Vec weight[kVecs];           // if kKeepsWeight
+    Vec ahead[kVecs];            // where the fabric adds: the sum of the next row
 
     // Fetch piece `i` counted from the first one of the row `mine` (an index into this rank's).
     __device__ __forceinline__ void fetch(u32 into, u32 mine, int i) {
@@ -104,8 +105,7 @@ struct Group {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float gain[kVecElements] = {};
-            // Where the fabric adds, registers are short: there the weight is read again, from L1.
-            if constexpr (!Transport::kFabricAdds)
+            if constexpr (kKeepsWeight)
                 add<T>(gain, weight[v]);
             else if (ring.columns.has(v))
                 add<T>(gain, load(p.weight + ring.columns.offset(0, v)));
@@ -116,7 +116,7 @@ struct Group {
                 if constexpr (kFp8) own.largest = fmaxf(own.largest, fabsf(sums[v][i]));
             }
         }
-        return combine<kFp8, kThreads>(own, partial[turn], id, ring.columns.thread);
+        return combine<kFp8, kThreads>(own, parts[turn], id, ring.columns.thread);
     }
 
     __device__ __forceinline__ void put(u32 row, const Sums& sums, float scale) {
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kGroups* kThreads,
                              1) void allreduce_rmsnorm(const __grid_constant__ Params p) {
     using RowGroup = Group<T, Transport, kFp8, kVecs, kThreads, kStages>;
     extern __shared__ Vec shared[];
-    __shared__ RowFacts partials[kGroups][2][RowGroup::kWarps];
+    __shared__ WarpFacts<kThreads> parts[kGroups][2];
 
     u32 id = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
     u32 share = (p.num_tokens + kRanks - 1) / kRanks;
@@ -170,7 +170,7 @@ __global__ __launch_bounds__(kGroups* kThreads,
     u32 owned = min(share, p.num_tokens - first);
     RowGroup group{p,
                    {shared + id * kStages * kVecs * kThreads, {thread, p.hidden / kVecElements}, 0},
-                   partials[id],
+                   parts[id],
                    id,
                    first,
                    owned,
@@ -179,8 +179,12 @@ __global__ __launch_bounds__(kGroups* kThreads,
                    {}};
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-        if (!Transport::kFabricAdds && group.ring.columns.has(v))
+        if (RowGroup::kKeepsWeight && group.ring.columns.has(v))
             group.weight[v] = load(p.weight + v * kThreads + thread);
+
+    if (thread < WarpFacts<kThreads>::kEntries)  // those without a warp are never written again
+        for (WarpFacts<kThreads>& each : parts[id])
+            each.square_sums[thread] = each.largest[thread] = 0.0f;
 
     u32 epoch = p.barrier.epochs[blockIdx.x] + 1;
     meet<kRanks, true>(p.barrier, epoch);

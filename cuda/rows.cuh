@@ -62,22 +62,40 @@ struct RowFacts {
     float largest;  // magnitude after the gain, before the scale
 };
 
-// Combine the threads' parts of a row; `partial` (shared, one a warp) is not the last row's.
+// Each warp's part of it, in shared memory; entries without a warp are zero.
+template <int kThreads>
+struct alignas(16) WarpFacts {
+    static constexpr int kEntries = (kThreads / kWarpThreads + 3) / 4 * 4;
+    float square_sums[kEntries];
+    float largest[kEntries];
+};
+
+// Combine the threads' parts of a row; `parts` is not the last row's.
 template <bool kNeedsLargest, int kThreads>
-__device__ __forceinline__ RowFacts combine(RowFacts own, RowFacts* partial, u32 id, u32 thread) {
+__device__ __forceinline__ RowFacts
+combine(RowFacts own, WarpFacts<kThreads>& parts, u32 id, u32 thread) {
 #pragma unroll
     for (int lane = kWarpThreads / 2; lane > 0; lane /= 2) {
         own.square_sum += __shfl_xor_sync(0xffffffffu, own.square_sum, lane);
         if constexpr (kNeedsLargest)
             own.largest = fmaxf(own.largest, __shfl_xor_sync(0xffffffffu, own.largest, lane));
     }
-    if (thread % kWarpThreads == 0) partial[thread / kWarpThreads] = own;
+    if (thread % kWarpThreads == 0) {
+        parts.square_sums[thread / kWarpThreads] = own.square_sum;
+        if constexpr (kNeedsLargest) parts.largest[thread / kWarpThreads] = own.largest;
+    }
     barrier_of(1 + id, kThreads);
     RowFacts all = {};
 #pragma unroll
-    for (int warp = 0; warp < kThreads / kWarpThreads; ++warp) {
-        all.square_sum += partial[warp].square_sum;
-        if constexpr (kNeedsLargest) all.largest = fmaxf(all.largest, partial[warp].largest);
+    for (int four = 0; four < WarpFacts<kThreads>::kEntries; four += 4) {  // 16 bytes a load
+        Vec sums = load_shared(reinterpret_cast<const Vec*>(parts.square_sums + four));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) all.square_sum += __uint_as_float(sums.word[i]);
+        if constexpr (!kNeedsLargest) continue;
+        Vec largest = load_shared(reinterpret_cast<const Vec*>(parts.largest + four));
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            all.largest = fmaxf(all.largest, __uint_as_float(largest.word[i]));
     }
     return all;
 }
