@@ -114,7 +114,10 @@ class Kernel:
         kernel = call("cuLibraryGetKernel", library, name.encode())
         attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         call("cuKernelSetAttribute", attribute, shared_bytes, kernel, call("cuDeviceGet", device))
-        return cls(call("cuKernelGetFunction", kernel), num_threads, shared_bytes, library)
+        function = call("cuKernelGetFunction", kernel)
+        # Now: a first launch that loads it waits for kernels, which may be waiting for this rank.
+        call("cuFuncLoad", function)
+        return cls(function, num_threads, shared_bytes, library)
 
     def launch(self, stream: int, num_blocks: int, parameters: ctypes.Structure) -> None:
         """Launch `num_blocks` blocks in clusters of two, with one struct as the only argument."""

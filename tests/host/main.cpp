@@ -156,8 +156,7 @@ char* map_multicast(std::vector<Rank>& ranks, Vector Rank::* buffer) {
 
 void make(Channel& channel) {
     size_t row_vecs = c.hidden / kVecElements;
-    Rank fresh{std::vector<Vec>(c.capacity * row_vecs),
-               std::vector<Vec>(c.capacity * row_vecs),
+    Rank fresh{std::vector<Vec>(c.capacity * row_vecs), std::vector<Vec>(c.capacity * row_vecs),
                std::vector<float>(c.capacity),
                std::vector<u64>(c.num_ctas * kMaxRanks, c.first_epoch),
                std::vector<u32>(c.num_ctas, c.first_epoch)};
