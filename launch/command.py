@@ -10,7 +10,8 @@ from sglang_tokenweave import cpu
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 
-_OURS = (
+# Given to the launchers in their own way, not among the flags for SGLang.
+OWN_FLAGS = (
     "--port",
     "--host",
     "--tp",
@@ -51,7 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not 1 <= options.port <= 65535:
         parser.error(f"--port is {options.port}; allowed: 1 to 65535")
     for given in options.sglang_flags:
-        if given.partition("=")[0] in _OURS:
+        if given.partition("=")[0] in OWN_FLAGS:
             parser.error(f"{given} stands after the --; give MODEL, --port, --host, --tp before it")
     return options
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: which Python, and how to stop with one clear sentence.
 
 say() { printf '[%s] %s\n' "$(basename "$0" .sh)" "$*"; }
