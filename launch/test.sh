@@ -11,6 +11,17 @@ bash "$here/setup.sh" --overlay 0.5.17 --overlay 0.5.21
 
 cd "$(dirname "$here")"
 bin=.venv/bin
+
+# The tests of the containers build the images in a clean root. Without this tool they are skipped,
+# and in CI they fail.
+if ((EUID == 0)) && command -v apt-get >/dev/null && ! command -v mmdebstrap >/dev/null; then
+    say "installing Debian's mmdebstrap, log: .cache/apt.log"
+    {
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends mmdebstrap
+    } >.cache/apt.log 2>&1 || say "it did not install: the images' tests will not run"
+fi
+
 say "lint"
 $bin/ruff check
 $bin/ruff format --check
