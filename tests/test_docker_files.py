@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
 from dockerfile_parse.util import extract_key_values
+from packaging.requirements import Requirement
 
 from launch.docker import knobs
 from sglang_tokenweave.compiler import default_cache
@@ -73,7 +75,9 @@ def test_every_base_image_is_pinned_and_supported() -> None:
         name, _, tag = image.partition(":")
         assert tag[:1].isdigit() or tag.startswith("v0."), f"{name} is not pinned to a release"
     version = pins["SGLANG_IMAGE"].partition(":v")[2].partition("-")[0]
-    supported = [f"0.5.{patch}" for patch in range(17, 24)]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = map(Requirement, extras["optional-dependencies"]["gpu"])
+    (supported,) = (each.specifier for each in requirements if each.name == "sglang")
     assert version in supported
 
 
