@@ -71,6 +71,7 @@ class Sandbox:
             options += f",upperdir={self.upper},workdir={work}"
         yield _shell("mount", "-t", "overlay", "-o", options, "overlay", root)
         yield _shell("mount", "-t", "proc", "proc", f"{root}/proc")
+        yield _shell("mount", "-t", "sysfs", "-o", "ro", "sysfs", f"{root}/sys")
         yield _shell("mount", "-t", "tmpfs", "-o", "mode=0755", "dev", f"{root}/dev")
         for name in _DEVICES:
             yield _shell("touch", f"{root}/dev/{name}")

@@ -13,7 +13,7 @@ from launch.docker import knobs
 
 FOLDER = Path(__file__).resolve().parents[1] / "launch" / "kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-# The oldest release that its makers still maintain, or nearly, and the newest there is a schema of.
+# A release of two years ago, and the newest that there is a schema of.
 VERSIONS = ("1.32", kubernetes_validate.latest_version())
 
 # LeaderWorkerSet is no part of Kubernetes, and no package carries its schema: these are the fields

@@ -31,6 +31,8 @@ def main(device: str) -> None:
     _check_sglang()
     if device == "cuda":
         _check_kernels()
+    if model := os.environ.get("MODEL"):
+        _check_readable(Path(model))
     print(
         f"checked for {device}: SGLang {importlib.metadata.version('sglang')}, torch",
         torch.__version__,
@@ -50,6 +52,12 @@ def _check_kernels() -> None:
     variant = choose_variant(torch.bfloat16, 2, 4096)
     with tempfile.TemporaryDirectory() as cache:
         compile_kernel("allreduce_rmsnorm.cu", variant.expression, "sm_90a", cache=Path(cache))
+
+
+def _check_readable(folder: Path) -> None:
+    closed = [str(path) for path in folder.rglob("*") if not os.access(path, os.R_OK)]
+    if closed:
+        raise SystemExit(f"user {os.getuid()} cannot read {', '.join(closed)}")
 
 
 if __name__ == "__main__":
