@@ -85,8 +85,9 @@ class ProcessGroup:
 
     def members(self) -> list[int]:
         """Return the ids of all running processes of this session."""
-        self._leader.poll()  # reap it: a zombie would count
-        return [int(entry.name) for entry in _PROC.glob("[0-9]*") if self._has(entry)]
+        found = {int(entry.name) for entry in _PROC.glob("[0-9]*") if self._has(entry)}
+        # Its first thread may be a zombie while others still run: until it can be reaped, it runs.
+        return sorted(found | {self.pid} if self.exit_code() is None else found - {self.pid})
 
     def note_shared_memory(self) -> None:
         """Remember the shared memory that is in use now, to be removed after the end."""

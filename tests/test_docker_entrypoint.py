@@ -101,6 +101,28 @@ def test_a_signal_lets_the_server_finish(container, tmp_path, signum):
     assert f"{signum.name}: the server has 60 s" in output
 
 
+def test_a_server_whose_first_thread_ends_first_keeps_its_exit_code(container, tmp_path):
+    process = container(
+        """
+        import ctypes, os, signal, threading, time
+        def finish():
+            open("ready", "w").write("yes\\n")
+            stopping.wait()
+            time.sleep(1)
+            os._exit(4)
+        stopping = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+        threading.Thread(target=finish).start()
+        stopping.wait()
+        ctypes.CDLL(None).syscall(EXIT, 0)  # this thread alone
+    """.replace("EXIT", {"x86_64": "60", "aarch64": "93"}[os.uname().machine])
+    )
+    wait_for(tmp_path / "ready")
+    process.terminate()
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 4, output
+
+
 STUBBORN = """
     import os, signal, time
     if os.fork() == 0:
