@@ -1,0 +1,188 @@
+"""Run the tests that decide what is supported, and keep their outcomes: docs/compatibility.json.
+
+`python docs/tools/compatibility.py [JUNIT_XML]` runs them (half an hour on two cores) or reads what
+a run of pytest with --junitxml wrote; `generated.py` renders the outcomes into
+docs/compatibility.md.
+"""
+
+import ast
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "docs" / "compatibility.json"
+TESTS = ("test_equality.py", "test_versions.py", "test_refusals.py", "test_refusals_server.py")
+_MODELS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+}
+_VARIANTS = {
+    "llama-mixed": "Llama, prefill and decode in one batch (`--enable-mixed-chunk`)",
+    "llama-fuse": "Llama, unsplit through the fused op (`--tokenweave-fuse-min-tokens`)",
+    "llama-tp4": "Llama, TP=4",
+    "mixtral-fuse": "Mixtral, unsplit through the fused op",
+}
+
+Outcomes = dict[str, str]  # test to "passed", "failed" or "skipped"
+
+
+def record(report: Path) -> dict[str, Any]:
+    """Return what a JUnit report says, with where and when it was made."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None, f"{report} holds no test suite"
+    outcomes = {_name(case): _outcome(case) for case in suite.iter("testcase")}
+    return {
+        "date": suite.attrib["timestamp"][:10],
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "sglang": version("sglang"),
+        "outcomes": outcomes,
+    }
+
+
+def run_tests(report: Path) -> None:
+    """Run the tests; failed ones are part of the result."""
+    files = [str(ROOT / "tests" / name) for name in TESTS]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *files, f"--junitxml={report}"], cwd=ROOT, check=False
+    )
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
+
+
+def _outcome(case: ElementTree.Element) -> str:
+    problems = {child.tag for child in case} & {"failure", "error", "skipped"}
+    if not problems:
+        return "passed"
+    return "skipped" if problems == {"skipped"} else "failed"
+
+
+def parts() -> dict[str, str]:
+    """Return the generated parts of the page, by name."""
+    data = json.loads(DATA.read_text())
+    outcomes = data["outcomes"]
+    return {
+        "provenance": (
+            f"Recorded on {data['date']}: Python {data['python']}, torch {data['torch']}, "
+            f"{len(outcomes)} tests on CPUs."
+        ),
+        "models": _models(outcomes, data["sglang"]),
+        "features": _features(outcomes),
+        "variants": _variants(outcomes),
+        "refusals": _refusals(outcomes),
+    }
+
+
+def _models(outcomes: Outcomes, newest: str) -> str:
+    others = sorted({release for release, _ in _by_release(outcomes)})
+    rows = []
+    for name, title in _MODELS.items():
+        cells = [_verdict(_by_release(outcomes).get((each, name), ())) for each in others]
+        rows.append([title, *cells, _verdict(_equality(outcomes, name).values())])
+    return _table(["model", *(f"SGLang {each}" for each in (*others, newest))], rows)
+
+
+def _features(outcomes: Outcomes) -> str:
+    by_model = {name: _equality(outcomes, name) for name in _MODELS}
+    rows = [
+        [text, *(_verdict([found[work]] if work in found else ()) for found in by_model.values())]
+        for work, text in _workloads().items()
+    ]
+    return _table(["what is asked", *_MODELS.values()], rows)
+
+
+def _variants(outcomes: Outcomes) -> str:
+    rows = [
+        [text, _verdict(_equality(outcomes, name).values())] for name, text in _VARIANTS.items()
+    ]
+    return _table(["server", "equals stock"], rows)
+
+
+def _refusals(outcomes: Outcomes) -> str:
+    pattern = re.compile(r"test_refusals_server::test_(runs_stock|stops)\w*\[(.+)\]")
+    found = {match: outcomes[name] for name in outcomes if (match := pattern.fullmatch(name))}
+    done = {"runs_stock": "serves as stock and says why", "stops": "stops under strict"}
+    rows = [[match[2], done[match[1]], _verdict([result])] for match, result in found.items()]
+    return _table(["server with", "what it does", "seen"], rows)
+
+
+def _equality(outcomes: Outcomes, setup: str) -> Outcomes:
+    """Return the outcomes of a setup of tests/test_equality.py by workload."""
+    found = {}
+    for name, result in outcomes.items():
+        arguments = re.fullmatch(r"test_equality::test_equals_stock\[(.+)\]", name)
+        for work in _workloads():
+            if arguments and arguments[1] in (f"{setup}-{work}", f"{work}-{setup}"):
+                found[work] = result
+    return found
+
+
+def _by_release(outcomes: Outcomes) -> dict[tuple[str, str], list[str]]:
+    """Return the outcomes of tests/test_versions.py by release and model."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, result in outcomes.items():
+        arguments = re.fullmatch(r"test_versions::test_equals_stock\[(.+)\]", name)
+        if arguments:
+            release = next(part for part in arguments[1].split("-") if part[0].isdigit())
+            model = next(part for part in arguments[1].split("-") if not part[0].isdigit())
+            found.setdefault((release, model), []).append(result)
+    return found
+
+
+@cache
+def _workloads() -> dict[str, str]:
+    """Return the first sentence that each workload says of itself."""
+    tree = ast.parse((ROOT / "tests" / "workloads.py").read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    (table,) = (node for node in tree.body if _is_table(node))
+    names = [node.id for node in ast.walk(table) if isinstance(node, ast.Name)]
+    texts = {name: ast.get_docstring(functions[name]) for name in names if name in functions}
+    return {name: (text or name).partition(".\n")[0].rstrip(".") for name, text in texts.items()}
+
+
+def _is_table(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "WORKLOADS"
+
+
+def _verdict(results: Iterable[str]) -> str:
+    results = list(results)
+    if not results:
+        return "not run"
+    failed = len(results) - results.count("passed")
+    return f"**{failed} of {len(results)} failed**" if failed else "yes"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: list[str]) -> None:
+    """Record a run, a new one unless a report is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(argv[0]) if argv else Path(folder, "report.xml")
+        if not argv:
+            run_tests(report)
+        recorded = record(report)
+    DATA.write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
