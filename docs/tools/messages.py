@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 PLACE = "…"
-_PYTHON = ("sglang_tokenweave/**/*.py", "launch/*.py", "patches/apply.py")
-_SHELL = ("launch/*.sh",)
+_PYTHON = ("sglang_tokenweave/**/*.py", "launch/**/*.py", "patches/apply.py")
+_SHELL = ("launch/**/*.sh",)
 _DEVICE = ("cuda/*.cu", "cuda/*.cuh")
 # Calls that tell people something, by the name of the function or method.
 _CALLS = {"error", "warning", "exception", "critical", "_warn"}
@@ -91,10 +91,14 @@ def _of_python(source: str) -> Iterator[str]:
 def _of_tables(tree: ast.Module) -> Iterator[str]:
     """Yield what tables hold: names of CUDA's errors, and features that are refused."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and str(node.value).startswith("CUDA_ERROR_"):
-            yield str(node.value)
-        elif isinstance(node, ast.Call) and _name(node) == "Rule":
+        if isinstance(node, ast.Call) and _name(node) == "Rule":
             yield f"not supported with {ast.literal_eval(node.args[2])}"
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_REMEDIES":
+            words = [word.value for word in ast.walk(node.value) if isinstance(word, ast.Constant)]
+            errors = [
+                re.fullmatch(r"(?:CUDA_ERROR_)?([A-Z]+_[A-Z_]+)", str(word)) for word in words
+            ]
+            yield from (f"CUDA_ERROR_{error[1]}" for error in errors if error)
 
 
 def _num_words(text: str) -> int:
