@@ -19,12 +19,13 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "docs" / "tools"
-PAGES = sorted(
-    path
-    for path in ROOT.rglob("*.md")
-    if not {"build", "dist"} & set(path.relative_to(ROOT).parts)
-    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-)
+FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."]
+PAGES = [*ROOT.glob("*.md")] + [
+    page
+    for folder in FOLDERS
+    if folder.name not in ("build", "dist")
+    for page in folder.rglob("*.md")
+]
 PARSER = MarkdownIt("commonmark").enable("table")
 EXCERPTS = ("how-it-works.md", "extending.md")
 
@@ -208,6 +209,29 @@ def test_compatibility_shows_failures() -> None:
     assert "| model | SGLang 0.5.17 | SGLang 0.5.23 |" in models
     assert "| Llama | yes | **1 of 2 failed** |" in models
     assert "| Qwen3 | not run | not run |" in models
+
+
+def test_outcomes_are_recorded(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', [1, 2])\n"
+        "def test_a(n): assert n == 1\n"
+        "def test_b(): pytest.skip('no')\n"
+    )
+    report = tmp_path / "report.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "test_it.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=60,
+    )
+    recorded = tool("compatibility").record(report)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", recorded["date"])
+    assert recorded["outcomes"] == {
+        "test_it::test_a[1]": "passed",
+        "test_it::test_a[2]": "failed",
+        "test_it::test_b": "skipped",
+    }
 
 
 def test_recorded_outcomes_are_of_tests_that_exist() -> None:
