@@ -1,8 +1,8 @@
 """Run the tests that decide what is supported, and keep their outcomes: docs/compatibility.json.
 
-`python docs/tools/compatibility.py [JUNIT_XML]` runs them (half an hour on two cores) or reads what
-a run of pytest with --junitxml wrote; `generated.py` renders the outcomes into
-docs/compatibility.md.
+`python docs/tools/compatibility.py` runs all of them, half an hour on two cores; with JUNIT_XML...,
+reports that pytest wrote with --junitxml, it only replaces the outcomes of the tests in there, and
+drops tests that are gone. `generated.py` renders the outcomes into docs/compatibility.md.
 """
 
 import ast
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,13 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "compatibility.json"
-TESTS = ("test_equality.py", "test_versions.py", "test_refusals.py", "test_refusals_server.py")
+TESTS = (
+    "test_equality.py",
+    "test_versions.py",
+    "test_pipeline.py",
+    "test_refusals.py",
+    "test_refusals_server.py",
+)
 _MODELS = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -41,18 +47,40 @@ _VARIANTS = {
 Outcomes = dict[str, str]  # test to "passed", "failed" or "skipped"
 
 
-def record(report: Path) -> dict[str, Any]:
-    """Return what a JUnit report says, with where and when it was made."""
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None, f"{report} holds no test suite"
-    outcomes = {_name(case): _outcome(case) for case in suite.iter("testcase")}
+def record(reports: Sequence[Path]) -> dict[str, Any]:
+    """Return what JUnit reports say of these tests, with where and when they were made."""
+    suites = [suite for report in reports for suite in ElementTree.parse(report).iter("testsuite")]
+    found = {_name(case): _outcome(case) for suite in suites for case in suite.iter("testcase")}
+    ours = tuple(f"{name.removesuffix('.py')}::" for name in TESTS)
     return {
-        "date": suite.attrib["timestamp"][:10],
+        "dates": sorted(suite.attrib["timestamp"][:10] for suite in suites),
         "python": platform.python_version(),
         "torch": version("torch"),
         "sglang": version("sglang"),
-        "outcomes": outcomes,
+        "outcomes": {name: found[name] for name in found if name.startswith(ours)},
     }
+
+
+def update(before: dict[str, Any], now: dict[str, Any], exist: set[str]) -> dict[str, Any]:
+    """Return the outcomes of `before` with those of `now` in their place, of tests that exist."""
+    outcomes = {**before["outcomes"], **now["outcomes"]}
+    dates = sorted({*before["dates"], *now["dates"]})
+    kept = {name: outcome for name, outcome in outcomes.items() if name in exist}
+    return {**now, "dates": [dates[0], dates[-1]], "outcomes": kept}
+
+
+def existing_tests() -> set[str]:
+    """Return the names of these tests as pytest collects them now."""
+    files = [str(ROOT / "tests" / name) for name in TESTS]
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.findall(r"^tests/(\w+)\.py(::.+)$", listed.stdout, re.MULTILINE)
+    return {file + name for file, name in found}
 
 
 def run_tests(report: Path) -> None:
@@ -80,8 +108,8 @@ def parts() -> dict[str, str]:
     outcomes = data["outcomes"]
     return {
         "provenance": (
-            f"Recorded on {data['date']}: Python {data['python']}, torch {data['torch']}, "
-            f"{len(outcomes)} tests on CPUs."
+            f"Recorded {' to '.join(dict.fromkeys(data['dates']))}: Python {data['python']}, "
+            f"torch {data['torch']}, {len(outcomes)} tests on CPUs."
         ),
         "models": _models(outcomes, data["sglang"]),
         "features": _features(outcomes),
@@ -112,6 +140,10 @@ def _variants(outcomes: Outcomes) -> str:
     rows = [
         [text, _verdict(_equality(outcomes, name).values())] for name, text in _VARIANTS.items()
     ]
+    for name, outcome in outcomes.items():
+        pipeline = re.fullmatch(r"test_pipeline::test_equals_stock\[(.+)\]", name)
+        if pipeline:
+            rows.append([f"two pipeline stages, TP=2 each: {pipeline[1]}", _verdict([outcome])])
     return _table(["server", "equals stock"], rows)
 
 
@@ -175,12 +207,15 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Record a run, a new one unless a report is named."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(argv[0]) if argv else Path(folder, "report.xml")
-        if not argv:
+    """Record a new run, or bring the record up to date with the reports of some tests."""
+    if argv:
+        before = json.loads(DATA.read_text())
+        recorded = update(before, record([Path(name) for name in argv]), existing_tests())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
             run_tests(report)
-        recorded = record(report)
+            recorded = record([report])
     DATA.write_text(json.dumps(recorded, indent=1) + "\n")
 
 
