@@ -5,6 +5,7 @@ nothing of it is read by the extension itself: it is the recipe for a *server pr
 """
 
 import os
+from typing import Any
 
 
 def environment(tp_size: int) -> dict[str, str]:
@@ -38,24 +39,34 @@ def environment(tp_size: int) -> dict[str, str]:
 def server_arguments(tp_size: int) -> list[str]:
     """Return SGLang's flags for a CPU server with `tp_size` ranks, all but model, host and port.
 
-    Sized for the models of `sglang_tokenweave.tiny_model`; a flag given again later on the command
-    line wins.
+    A flag given again later on the command line wins.
     """
-    return [
-        *("--device", "cpu"),
-        *("--tp", str(tp_size)),
+    options = engine_arguments(tp_size)
+    options["tp"] = options.pop("tp_size")
+    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return [text for flag in flags for text in flag]
+
+
+def engine_arguments(tp_size: int) -> dict[str, Any]:
+    """Return the same as arguments of the offline Engine, all but the model.
+
+    Sized for the demo model and those of `sglang_tokenweave.tiny_model`.
+    """
+    return {
+        "device": "cpu",
+        "tp_size": tp_size,
         # The only backends that need no compiled kernel.
-        *("--attention-backend", "torch_native"),
-        *("--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none"),
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
         # `auto` would turn a float32 checkpoint into float16; in float32 greedy tokens are equal at
         # every TP size, in bfloat16 rounding decides.
-        *("--dtype", "float32"),
+        "dtype": "float32",
         # SGLang cannot tell a rank's memory once its cores are named: so many tokens it may hold.
-        *("--max-total-tokens", "8192"),
-        *("--chunked-prefill-size", "512"),
-        *("--mem-fraction-static", "0.3"),
-    ]
+        "max_total_tokens": 8192,
+        "chunked_prefill_size": 512,
+        "mem_fraction_static": 0.3,
+    }
 
 
 def _cores_per_rank(tp_size: int, cores: list[int]) -> str:

@@ -124,8 +124,9 @@ def test_engine(
     options = workloads.greedy_request(None)
     del options["input_ids"]
     request = {"prompts": prompts, "options": {**options, "logprob_start_len": 0}}
+    arguments = {"model_path": str(model("llama")), **cpu.engine_arguments(2)}
     done = subprocess.run(
-        [sys.executable, script, json.dumps(_arguments(model("llama"))), json.dumps(request)],
+        [sys.executable, script, json.dumps(arguments), json.dumps(request)],
         env=environment(2),
         cwd=tmp_path,
         capture_output=True,
@@ -153,17 +154,3 @@ def _datasets_library(folder: Path) -> list[Path]:
     (folder / "standin").mkdir()
     (folder / "standin" / "datasets.py").write_text("load_dataset = None\n")
     return [folder / "standin"]
-
-
-def _arguments(model: Path) -> dict[str, object]:
-    """Turn the flags of a CPU server into keyword arguments."""
-    flags = cpu.server_arguments(2)
-    named = {
-        flag.removeprefix("--").replace("-", "_"): value
-        for flag, value in zip(flags[::2], flags[1::2], strict=True)
-    }
-    arguments: dict[str, object] = {
-        name: float(value) if "." in value else int(value) if value.isdigit() else value
-        for name, value in named.items()
-    }
-    return {"model_path": str(model), "tp_size": arguments.pop("tp"), **arguments}
