@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv at the repository root ready: bash launch/setup.sh [--overlay SGLANG_VERSION]...
 #
-# With an NVIDIA GPU it holds `.[gpu,test,docs]`; without one, SGLang on a CPU from the pins in
+# With an NVIDIA GPU it holds `.[gpu,test,docs,examples]`; without one, SGLang on a CPU from the pins in
 # launch/cpu/. --overlay puts another SGLang release into .venv/overlays/VERSION: first on PYTHONPATH,
 # that release is the one Python imports. A stamp makes the second run short; one process at a time
 # works (a lock); what an interrupted run left is thrown away by the next.
@@ -56,7 +56,7 @@ install() {
     touch "$venv/unfinished"
     if [[ $mode == gpu ]]; then
         say "installing SGLang for the GPU (several GB)"
-        pip_install -e "${root}[gpu,test,docs]"
+        pip_install -e "${root}[gpu,test,docs,examples]"
     else
         # torch alone with its dependencies: some builds of it need libraries of their own.
         say "installing torch"
