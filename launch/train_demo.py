@@ -26,7 +26,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "train_demo"
 _SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]  # ids 0, 1, 2; the bytes follow
 # It was never taught to chat, so it is shown the messages' text alone, and goes on from there.
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m['content'] }}{{ '' if loop.last else '\\n' }}{% endfor %}"
 )
 # Every size divides by 4, so the model runs at TP = 1, 2 and 4.
 _SHAPE: dict[str, Any] = {
