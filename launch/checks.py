@@ -96,12 +96,12 @@ def num_gpus() -> int:
 
 
 def check_model(model: str | None, gpus: int) -> str | None:
-    """Return the model to serve, a folder as an absolute path; None stands for the tiny one."""
+    """Return the model to serve, a folder as an absolute path; None stands for the demo model."""
     if model is None:
         if gpus:
             raise CheckError(
-                "no model was named, but on a GPU one is needed (the tiny built-in model is for "
-                "machines without): bash launch/serve.sh MODEL, a folder or a Hugging Face name"
+                "no model was named, but on a GPU one is needed (the built-in demo model is "
+                "for machines without): bash launch/serve.sh MODEL, a folder or a Hugging Face name"
             )
         return None
     folder = Path(model).expanduser()
@@ -115,12 +115,12 @@ def check_model(model: str | None, gpus: int) -> str | None:
     return model
 
 
-def check_tp_size(tp_size: int, gpus: int, is_tiny: bool) -> None:
+def check_tp_size(tp_size: int, gpus: int, is_demo: bool) -> None:
     """Refuse a tensor-parallel size that this machine or model cannot have."""
     if gpus and not 1 <= tp_size <= gpus:
         raise CheckError(f"--tp is {tp_size}, but this machine has {gpus} GPUs: choose 1 to {gpus}")
-    if is_tiny and tp_size not in (1, 2, 4):
-        raise CheckError(f"--tp is {tp_size}, but the tiny model splits in 1, 2 or 4: choose these")
+    if is_demo and tp_size not in (1, 2, 4):
+        raise CheckError(f"--tp is {tp_size}, but the demo model splits in 1, 2 or 4: choose these")
     if tp_size < 1:
         raise CheckError(f"--tp is {tp_size}, but at least 1 is needed: choose 1 or more")
 

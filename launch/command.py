@@ -9,6 +9,7 @@ from sglang_tokenweave import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
+DEMO_MODEL = ROOT / "launch" / "demo_model"
 
 # Given to the launchers in their own way, not among the flags for SGLang.
 OWN_FLAGS = (
@@ -38,7 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a folder or, on a GPU, a Hugging Face name; default without a GPU: a tiny model",
+        help="a folder or, on a GPU, a Hugging Face name; default without a GPU: a demo model",
     )
     parser.add_argument("--port", type=int, default=30000, help="default: 30000")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")

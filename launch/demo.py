@@ -3,17 +3,23 @@
 import http.client
 import json
 import random
+import re
 import shlex
+import textwrap
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from launch.stdlib_text import module_files
+
 # The server is on this machine: a proxy that the user's environment names must not come between.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-# More tokens than the default of --tokenweave-min-tokens; on a CPU, three prefill chunks.
-_NUM_WORDS = 1200
-_WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "wizards", "mix"]
+# Lengths of prompts in characters. The demo model reads bytes, 2048 at most: three prefill chunks
+# on a CPU. Other models read three to four at once, and the default of --tokenweave-min-tokens is
+# to be reached.
+SHORT, LONG = 1400, 7000
+_HEADER = re.compile(r"^ *def \w+\(.*\).*:\n", re.MULTILINE)
 
 
 def is_healthy(url: str) -> bool:
@@ -39,11 +45,26 @@ def post_json(url: str, body: Any) -> Any:
         return json.load(answer)
 
 
-def demo_request(seed: int) -> dict[str, Any]:
-    """Return a request with a prompt long enough to be woven, another one for each seed."""
-    prompt = " ".join(random.Random(seed).choices(_WORDS, k=_NUM_WORDS))
-    sampling = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
-    return {"text": prompt, "sampling_params": sampling}
+def demo_request(seed: int, length: int) -> dict[str, Any]:
+    """Return a request to write a function's body, whose prompt is long enough to be woven.
+
+    The prompt is Python source that the demo model has not seen, another one for each seed.
+    """
+    starts: list[str] = []
+    for module in module_files(held_out=True):
+        text = module.read_text(errors="ignore")
+        ends = [match.end() for match in _HEADER.finditer(text)]
+        starts += [text[end - length : end] for end in ends if end >= length]
+    if not starts:
+        raise FileNotFoundError("this Python comes without the sources of its standard library")
+    sampling = {"max_new_tokens": 160, "temperature": 0}
+    return {"text": random.Random(seed).choice(starts), "sampling_params": sampling}
+
+
+def excerpt(request: dict[str, Any], answer: dict[str, Any]) -> str:
+    """Return the last lines of a prompt and what the model made of them."""
+    ending = "".join(request["text"].splitlines(keepends=True)[-3:])
+    return textwrap.indent(ending + answer["text"], "  | ", lambda line: True)
 
 
 def curl_line(url: str, body: Path) -> str:

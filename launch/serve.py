@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import checks, demo
 from launch.command import (
-    PYTHON,
+    DEMO_MODEL,
     ROOT,
     loopback_url,
     parse_arguments,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         gpus = checks.num_gpus()
         model, tp_size = _check(options, gpus)
         _run(["bash", str(ROOT / "launch" / "setup.sh")], signals)
-        _serve(options, model or _make_tiny_model(signals), tp_size, gpus, signals)
+        _serve(options, model or str(DEMO_MODEL), tp_size, gpus, signals)
     except checks.CheckError as error:
         print(f"[serve] error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +70,7 @@ def _check(options: argparse.Namespace, gpus: int) -> tuple[str | None, int]:
     """Return model and number of ranks, or say what is missing before anything long starts."""
     model = checks.check_model(options.model, gpus)
     tp_size = options.tp if options.tp is not None else gpus or 2
-    checks.check_tp_size(tp_size, gpus, is_tiny=model is None)
+    checks.check_tp_size(tp_size, gpus, is_demo=model is None)
     checks.check_port(options.host, options.port)
     checks.check_memory(checks.available_memory_bytes())
     if gpus:
@@ -86,12 +86,6 @@ def _run(command: Sequence[str], signals: StopSignals) -> None:
         exit_code = program.wait()
     if exit_code:
         raise SystemExit(exit_code)  # the program itself has said why
-
-
-def _make_tiny_model(signals: StopSignals) -> str:
-    folder = str(CACHE / "models" / "llama")
-    _run([str(PYTHON), "-P", "-m", "sglang_tokenweave.tiny_model", "llama", folder], signals)
-    return folder
 
 
 def _serve(
@@ -113,7 +107,7 @@ def _serve(
             _wait_until_healthy(server, url, options.wait or (1800 if gpus else 240))
             server.note_shared_memory()
             say(f"ready: {url}")
-            _show(url)
+            _show(url, demo.SHORT if model == str(DEMO_MODEL) else demo.LONG)
             _stay(server)
         except ServerError:
             tail = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
@@ -131,19 +125,21 @@ def _wait_until_healthy(server: ProcessGroup, url: str, patience_s: float) -> No
         time.sleep(1)
 
 
-def _show(url: str) -> None:
+def _show(url: str, length: int) -> None:
+    request = demo.demo_request(seed=1, length=length)
     try:
         start = time.monotonic()
-        answer = demo.post_json(f"{url}/generate", demo.demo_request(seed=1))
+        answer = demo.post_json(f"{url}/generate", request)
         took = time.monotonic() - start
         tokens = answer["meta_info"]["prompt_tokens"]
-        say(f"it answered a prompt of {tokens} tokens in {took:.1f} s")
+        say(f"it answered a prompt of {tokens} tokens in {took:.1f} s; prompt's end and answer:")
+        print(demo.excerpt(request, answer), flush=True)
         say(demo.describe_weaving(demo.get_json(f"{url}/server_info")))
     except OSError as error:  # it may want a key, or shorter prompts; it serves all the same
         say(f"it did not answer the demo request: {error}")
     body = CACHE / "request.json"
     # Another text than above: SGLang has that one in its cache, so little of it would be left.
-    body.write_text(json.dumps(demo.demo_request(seed=2)))
+    body.write_text(json.dumps(demo.demo_request(seed=2, length=length)))
     say(f"stop it with Ctrl-C or: kill {os.getpid()}")
     say("try it, in another shell:")
     print(demo.curl_line(url, body), flush=True)

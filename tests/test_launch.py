@@ -40,7 +40,7 @@ def model(tmp_path):
 def checkout(tmp_path):
     """A checkout without .venv, in a path with blanks, whose set-up must fail early."""
     root = tmp_path / "some folder" / "x"
-    shutil.copytree(ROOT / "launch", root / "launch")
+    shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("demo_model"))
     shutil.copy(ROOT / "pyproject.toml", root)
     return root
 
@@ -125,11 +125,11 @@ def test_no_such_model(name, gpus):
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "gpus", "is_tiny"), [(4, 2, False), (0, 2, False), (3, 0, True), (0, 0, False)]
+    ("tp_size", "gpus", "is_demo"), [(4, 2, False), (0, 2, False), (3, 0, True), (0, 0, False)]
 )
-def test_impossible_tp_size(tp_size, gpus, is_tiny):
+def test_impossible_tp_size(tp_size, gpus, is_demo):
     with pytest.raises(checks.CheckError, match=f"--tp is {tp_size}, but"):
-        checks.check_tp_size(tp_size, gpus, is_tiny)
+        checks.check_tp_size(tp_size, gpus, is_demo)
 
 
 # --- from our command line to SGLang's
@@ -218,9 +218,10 @@ def test_curl_line_survives_a_shell():
 
 
 def test_demo_prompts_differ_and_are_long():
-    first, second = demo.demo_request(1), demo.demo_request(2)
+    first, second = demo.demo_request(1, demo.SHORT), demo.demo_request(2, demo.SHORT)
     assert first["text"] != second["text"]
-    assert len(first["text"].split()) > 1024
+    assert 1024 < len(first["text"].encode()) < 2048 - first["sampling_params"]["max_new_tokens"]
+    assert len(demo.demo_request(1, demo.LONG)["text"]) > 4 * 1024
 
 
 @pytest.mark.parametrize(
