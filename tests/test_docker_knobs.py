@@ -16,9 +16,9 @@ def other_value(option) -> str:
     """Return an allowed value other than the default."""
     if option.type is bool:
         return "1"
-    return (
-        str(option.default + 2) if option.type is int else {"transport": "reference"}[option.name]
-    )
+    if option.type is int:
+        return str(option.default + 2)
+    return {"transport": "reference", "engine": "copy"}[option.name]
 
 
 def command(arguments: tuple[str, ...] = (), **environment: str) -> list[str]:
@@ -29,13 +29,14 @@ def command(arguments: tuple[str, ...] = (), **environment: str) -> list[str]:
 def test_every_option_is_a_variable_and_reaches_the_server():
     for option in fields(TokenWeaveConfig):
         value = other_value(option)
-        given = command(**{knobs.variable(option.name): value})
+        base = {"TOKENWEAVE_TRANSPORT": "peer"} if option.name == "engine" else {}
+        given = command(**base, **{knobs.variable(option.name): value})
         if option.name == "enabled":
             assert given == command()
         elif option.type is bool:
             assert given == [*command(), flag(option.name)]
         else:
-            assert given == [*command(), flag(option.name), value]
+            assert given == [*command(**base), flag(option.name), value]
 
 
 def test_model_address_and_ranks_reach_the_server():
