@@ -50,7 +50,6 @@ def messages() -> dict[str, str]:
         for patterns, read in readers
         for pattern in patterns
         for path in sorted(ROOT.glob(pattern))
-        if "doctor" not in path.parts  # its findings carry their remedies: docs/doctor.md
         for message in read(path.read_text())
     }
 
