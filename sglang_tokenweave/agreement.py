@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class DisagreementError(RuntimeError):
-    """A step failed on at least one rank; the text names the step, the ranks and their errors."""
+    """A step failed on some rank, or the ranks differ; the text names what, the ranks, and how."""
 
 
 class LostRankError(RuntimeError):
@@ -82,6 +82,19 @@ def gather(value: T, group: dist.ProcessGroup | Group) -> list[T]:
         LostRankError: some rank did not take part.
     """
     return as_group(group).gather(value)
+
+
+def compare(what: str, value: str, group: Group) -> None:
+    """Stop where ranks that must say the same do not; a collective call.
+
+    Raises:
+        DisagreementError: on all ranks, with what each of them says.
+        LostRankError: some rank did not take part.
+    """
+    values = group.gather(value)
+    if len(set(values)) > 1:
+        said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(values))
+        raise DisagreementError(f"{what} differs between ranks: {said}")
 
 
 def step(

@@ -55,6 +55,9 @@ class TokenWeaveConfig:
     align_chunks: bool = _option(
         False, "shrink prefill chunks to totals without a broken GEMM wave"
     )
+    check_plans: bool = _option(
+        False, "compare every batch's plan over the ranks before it runs; for debugging"
+    )
     log_interval: int = _option(100, "batches between two lines in the log (0: none)")
 
     def __post_init__(self) -> None:

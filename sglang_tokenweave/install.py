@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sglang_tokenweave import architectures, refusals, seams, topology, transports
-from sglang_tokenweave.agreement import DisagreementError, gather
+from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather
 from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import Kind, PlanTable
@@ -26,6 +28,7 @@ _NORM_VARIANTS = (
     "cast_x_before_out_mul",
 )
 LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
+_CHECK_DEADLINE_S = 60.0  # for a rank that is late with its plan
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
 
@@ -214,9 +217,17 @@ def _install(model_runner: Any) -> None:
         layer=architectures.layer_shape(hf_config, state.tp_size),
         num_sms=_num_sms(device),
     )
-    state.runtime = Runtime(model, table, transport, buffer)
+    checked = _checking_group(place.group.ranks) if config.check_plans else None
+    state.runtime = Runtime(model, table, transport, buffer, checked)
     # On the instance: other models of this class (drafts) keep their stock forward.
     inner.forward = state.runtime.forward
+
+
+def _checking_group(ranks: Sequence[int]) -> Group:
+    # Of its own: SGLang's may be in use at the same time, on another thread.
+    timeout = timedelta(seconds=_CHECK_DEADLINE_S)
+    group = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
+    return as_group(group, _CHECK_DEADLINE_S)
 
 
 def _uninstall(runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sglang_tokenweave import architectures, pipeline, seams, weave
+from sglang_tokenweave.agreement import Group, compare
 from sglang_tokenweave.architectures import Architecture
 from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan, PlanTable, plan_batch, where_cut
@@ -46,11 +47,14 @@ class Runtime:
         table: PlanTable,
         transport: Transport,
         buffer: SymmetricBuffer,
+        checked: Group | None = None,
     ) -> None:
+        """Take over the parts; with `checked`, its ranks compare what they do with each batch."""
         self.model = model
         self.table = table
         self.transport = transport
         self.buffer = buffer
+        self._checked = checked
         self.stats = Stats()
         self.is_active = False  # until the attention backends of the halves exist
         self._backends: tuple[Any, ...] = ()
@@ -96,14 +100,15 @@ class Runtime:
 
         if seams.graph_owns_forward():
             return stock()
+        decided = self._decide(forward_batch, input_embeds)
+        if self._checked is not None:
+            # A rank that went its own way would wait for the others, and they for it.
+            text = "stock" if decided is None else f"{decided[1]} of {decided[0]}"
+            compare("the plan of a batch", text, self._checked)
+        if decided is None:
+            return stock()
+        shape, plan, parts = decided
         try:
-            planned = self.plan(forward_batch)
-            if planned is None:
-                return stock()
-            shape, plan = planned
-            if plan.kind is Kind.OFF:
-                return stock()
-            parts = self._split(forward_batch, plan, input_embeds)
             hidden_states, residual = self._first_inputs(input_ids, pp_proxy_tensors)
         except UnsplittableError as error:
             self._fall_back(str(error))
@@ -116,6 +121,19 @@ class Runtime:
         output = self.buffer.slot(0, shape.num_tokens).tensor
         # The buffer is written again by the next batch; captured states outlive this one.
         return output.clone() if forward_batch.capture_hidden_mode.need_capture() else output
+
+    def _decide(
+        self, batch: Any, input_embeds: torch.Tensor | None
+    ) -> tuple[BatchShape, Plan, tuple[Any, ...]] | None:
+        """Return what to do with a batch and its parts; None: run it stock."""
+        try:
+            planned = self.plan(batch)
+            if planned is None or planned[1].kind is Kind.OFF:
+                return None
+            return *planned, self._split(batch, planned[1], input_embeds)
+        except UnsplittableError as error:
+            self._fall_back(str(error))
+            return None
 
     def _split(self, batch: Any, plan: Plan, input_embeds: torch.Tensor | None) -> tuple[Any, ...]:
         if input_embeds is not None:

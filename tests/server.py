@@ -82,6 +82,8 @@ class Server:
             *("--dist-init-addr", f"127.0.0.1:{self.port + 1}"),
             *cpu.server_arguments(self.tp),
             "--sleep-on-idle",  # an idle scheduler would keep a core busy
+            # Ranks that differ are an error in every test.
+            *(() if self.launcher == "stock" else ("--tokenweave-check-plans",)),
             *self.flags,
         ]
         with open(self.folder / "log", "wb") as log:
