@@ -20,6 +20,7 @@ from sglang_tokenweave import add_rmsnorm, driver
 from sglang_tokenweave.agreement import Group, as_group, step
 from sglang_tokenweave.copy_lanes import CopyLanes, new_event, new_stream, order
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Plan, Region, Rows, make_plan
+from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import FP8
 from sglang_tokenweave.stream_flags import Flags, KernelFlags, MemoryOpFlags
 from sglang_tokenweave.symmetric import PeerMemory
@@ -27,7 +28,6 @@ from sglang_tokenweave.transport import Pending, Slot
 from sglang_tokenweave.watchdog import Board, FlagReader, Watchdog
 
 MAX_LANES = 4  # a GPU has few engines for its peers, and each stream more costs two events
-DEADLINE_S = 30.0  # of one wait, for a rank that is late or gone
 _PLANS = 4096  # kept; each is a few hundred bytes
 _EVENTS = 16  # ops beside that may be pending and still be told apart
 # Fewer channels of the hardware than this, and a stream that waits holds up others.
@@ -47,7 +47,7 @@ class CopyEngine:
         flags: Literal["memory_ops", "kernels"] = "memory_ops",
         can_write_fp8: bool = False,
         max_lanes: int = MAX_LANES,
-        deadline_s: float = DEADLINE_S,
+        deadline_s: float = DEVICE_S,
     ) -> None:
         """Load the kernels for `layout`; `device` is the current one.
 

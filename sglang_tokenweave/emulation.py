@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave.fused import DEADLINE_NS, NUM_CHANNELS, SIGNAL_BYTES, FusedOp, Rows
+from sglang_tokenweave.deadlines import DEVICE_S
+from sglang_tokenweave.fused import NUM_CHANNELS, SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8
 from sglang_tokenweave.transport import Slot
 
@@ -27,7 +28,7 @@ class EmulatedRanks:
         hidden_size: int,
         dtype: torch.dtype,
         *,
-        deadline_ns: int = DEADLINE_NS,
+        deadline_s: float = DEVICE_S,
     ) -> None:
         """Allocate on the current device, and compile.
 
@@ -45,7 +46,7 @@ class EmulatedRanks:
         ]
         pads = [signals.data_ptr() for signals in self._signals]
         self.ops = [
-            FusedOp(rank, world_size, device, pads, deadline_ns=deadline_ns)
+            FusedOp(rank, world_size, device, pads, deadline_s=deadline_s)
             for rank in range(world_size)
         ]
         for op in self.ops:

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 from sglang_tokenweave import compiler
+from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.driver import Kernel, shared_limit_bytes
 from sglang_tokenweave.kernels import FP8, MAX_CTAS, MAX_RANKS, Params, Variant, choose_variant
 from sglang_tokenweave.transport import Slot
 
-DEADLINE_NS = 30 * 10**9  # of one wait on the device, for a rank that is late or gone
 # Kernels on two streams may meet their peers in any order, so each stream has signals of its own.
 NUM_CHANNELS = 2
 _PAD_BYTES = MAX_CTAS * MAX_RANKS * 8
@@ -46,7 +46,7 @@ class FusedOp:
         signals: Sequence[int],
         *,
         is_multicast: bool = False,
-        deadline_ns: int = DEADLINE_NS,
+        deadline_s: float = DEVICE_S,
     ) -> None:
         """Take the addresses of all ranks' signals: `SIGNAL_BYTES` of zeros each."""
         self.rank = rank
@@ -54,7 +54,7 @@ class FusedOp:
         self._device = device
         self._signals = tuple(signals)
         self._is_multicast = is_multicast
-        self._deadline_ns = deadline_ns
+        self._deadline_ns = int(deadline_s * 1e9)
         self._epochs = torch.zeros(NUM_CHANNELS, MAX_CTAS, dtype=torch.int32, device=device)
         self._shared_limit_bytes = shared_limit_bytes(_ordinal(device))
         self._kernels: dict[Variant, Kernel] = {}

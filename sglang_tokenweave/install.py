@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave import architectures, refusals, seams, topology, transports
+from sglang_tokenweave import architectures, deadlines, refusals, seams, topology, transports
 from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather
 from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
@@ -28,7 +28,6 @@ _NORM_VARIANTS = (
     "cast_x_before_out_mul",
 )
 LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
-_CHECK_DEADLINE_S = 60.0  # for a rank that is late with its plan
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
 
@@ -225,9 +224,9 @@ def _install(model_runner: Any) -> None:
 
 def _checking_group(ranks: Sequence[int]) -> Group:
     # Of its own: SGLang's may be in use at the same time, on another thread.
-    timeout = timedelta(seconds=_CHECK_DEADLINE_S)
+    timeout = timedelta(seconds=deadlines.PLAN_S)
     group = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
-    return as_group(group, _CHECK_DEADLINE_S)
+    return as_group(group, deadlines.PLAN_S)
 
 
 def _uninstall(runtime: Runtime) -> None:

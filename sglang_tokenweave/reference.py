@@ -11,9 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from sglang_tokenweave import deadlines
 from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricBuffer
-
-DEADLINE = timedelta(seconds=120)  # for one collective; a dead peer is noticed at once by gloo
 
 LARGEST_E4M3 = 448.0
 
@@ -95,7 +94,8 @@ class ReferenceTransport:
         members = list(ranks) if ranks else None
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Other pipeline stages make theirs when they are ready, if at all.
-        group = dist.new_group(members, DEADLINE, backend, use_local_synchronization=True)
+        timeout = timedelta(seconds=deadlines.COLLECTIVE_S)
+        group = dist.new_group(members, timeout, backend, use_local_synchronization=True)
         return cls(group, device)
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:

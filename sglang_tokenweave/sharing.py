@@ -5,10 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_tokenweave import descriptors, devices, driver, virtual_memory
+from sglang_tokenweave import deadlines, descriptors, devices, driver, virtual_memory
 from sglang_tokenweave.agreement import DisagreementError, Group, step
-
-DEADLINE_S = 60.0  # for one exchange: driver calls, between two of them, take milliseconds
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ def share(member: Member, exported: int | bytes, stack: ExitStack) -> list[int |
     token = group.gather(descriptors.new_token())[0]
 
     def exchange() -> list[int | bytes]:
-        received = descriptors.exchange(exported, group.rank, group.world_size, token, DEADLINE_S)
+        received = descriptors.exchange(
+            exported, group.rank, group.world_size, token, deadlines.SHARING_S
+        )
         # At once: this rank may have got all of them where another one failed.
         for sender, descriptor in enumerate(received):
             if sender != group.rank:
@@ -79,7 +79,7 @@ def hand_out(member: Member, exported: int | bytes | None, stack: ExitStack) -> 
     def broadcast() -> int:
         assert not isinstance(exported, bytes)
         descriptor = descriptors.broadcast(
-            exported, 0, group.rank, group.world_size, token, DEADLINE_S
+            exported, 0, group.rank, group.world_size, token, deadlines.SHARING_S
         )
         if group.rank != 0:
             stack.callback(os.close, descriptor)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave import devices, driver, multicast, sharing, virtual_memory
+from sglang_tokenweave import deadlines, devices, driver, multicast, sharing, virtual_memory
 from sglang_tokenweave.agreement import DisagreementError, Group, LostRankError, as_group, step
 from sglang_tokenweave.sharing import Member
 from sglang_tokenweave.virtual_memory import round_up
@@ -48,7 +48,7 @@ class PeerMemory:
         if num_bytes < 1:
             raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
         self._device = torch.device("cuda", _ordinal(device))
-        self._group = as_group(group, sharing.DEADLINE_S)
+        self._group = as_group(group, deadlines.SHARING_S)
         self.rank = self._group.rank
         self.addresses: list[int] = []
         self.multicast_address: int | None = None

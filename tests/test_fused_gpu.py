@@ -14,7 +14,6 @@ from sglang_tokenweave.reference import rmsnorm
 
 EPS = 1e-5
 CAPACITY = 301
-NANOSECONDS = 10**9
 # Rounding to n bits of fraction is 2^-n / sqrt(12) rms of a value between 1 and 2: 1.7e-3 was seen
 # for bf16, 2.1e-4 for fp16 and 2.7e-2 for e4m3. Twice that is allowed.
 TOLERANCES = {torch.bfloat16: 3.4e-3, torch.float16: 4.2e-4, torch.float8_e4m3fn: 5.4e-2}
@@ -220,7 +219,7 @@ def run_script(text, *prefix, timeout_s=120):
 PREPARE = """
 import torch
 from sglang_tokenweave.emulation import EmulatedRanks
-ranks = EmulatedRanks(2, 64, 1024, torch.bfloat16, deadline_ns=2 * 10**9)
+ranks = EmulatedRanks(2, 64, 1024, torch.bfloat16, deadline_s=2)
 weight = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
 def launch(rank, rows=64, ctas=2):
     x = ranks.rows(rank, ranks.x, 0, rows)
@@ -259,7 +258,7 @@ def test_sanitizer_finds_nothing(tool):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     # Under the tool a kernel takes seconds, and one waits for the other.
-    prepare = PREPARE.replace("2 * 10**9", f"{200 * NANOSECONDS}")
+    prepare = PREPARE.replace("deadline_s=2", "deadline_s=200")
     done = run_script(
         prepare + SANITIZED,
         str(Path(sanitizer)),

@@ -160,3 +160,18 @@ def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=180,
         check=False,
     )
+
+
+def test_the_documents_show_the_deadlines_as_they_are():
+    from sglang_tokenweave import deadlines
+
+    rows = re.findall(r"^\| .* \| (\d+)\b.* \|$", section("How long anything waits"), re.M)
+    names = ("COLLECTIVE_S", "SHARING_S", "PLAN_S", "DEVICE_S")
+    assert [float(row) for row in rows] == [getattr(deadlines, name) for name in names]
+    assert {name for name in vars(deadlines) if name.isupper()} == set(names)
+
+
+def section(title):
+    """Return a section of docs/operations.md."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "operations.md").read_text()
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]

@@ -6,7 +6,7 @@ import pytest
 from driver_model import GRANULARITY, KILL, MULTICAST_RECOMMENDED, Gpu
 from sharing_ranks import NUM_BYTES, SWITCHES, share
 
-from sglang_tokenweave import descriptors, devices, sharing
+from sglang_tokenweave import deadlines, descriptors, devices
 from sglang_tokenweave.agreement import DisagreementError, LostRankError
 
 
@@ -217,7 +217,7 @@ def test_a_rank_that_ends_in_an_exchange_is_an_error_within_its_deadline(monkeyp
         return exchange(*arguments)
 
     monkeypatch.setattr(descriptors, name, dying)
-    monkeypatch.setattr(sharing, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(deadlines, "SHARING_S", 0.3)
     session = share(monkeypatch, 3)
     session.check_clean()
     assert isinstance(session.outcomes[1], KeyboardInterrupt)
