@@ -93,7 +93,6 @@ def facts(**changes):
     """Return two H200 on which everything is right and a server can select `peer`."""
     good = {
         "version": "0.1.0",
-        "transports": ("peer", "multicast"),
         "switches": (),
         "visible": None,
         "machine": MACHINE,

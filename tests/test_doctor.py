@@ -33,7 +33,6 @@ CPU = facts(
     cuda=NO_LIBRARY,
     nvml=Failure("error", "NVML Shared Library Not Found"),
     packages=with_packages(torch_cuda=None).packages,
-    transports=(),
 )
 NOBODY = ((True, False), (False, True))
 
@@ -106,7 +105,6 @@ SICK = [
     ("options-invalid", with_packages(config_problem="unknown option 'y'"), "'y'"),
     ("seams-missing", facts(sglang=Sglang(8, ("SGLang has no x",), ())), "SGLang has no x"),
     ("seams-partial", facts(sglang=Sglang(8, (), ("no run_batch",))), "no run_batch"),
-    ("no-device-transport", facts(transports=()), "this release"),
 ]
 
 
@@ -160,7 +158,6 @@ def test_every_finding_of_the_catalogue_is_tested():
             "peer",
         ),
         (facts(cuda=cuda_of(has_multicast=False)), True, "peer", "peer"),  # pain 7: it stays on
-        (facts(transports=()), False, None, "runs stock because no device .* fit for peer"),
         (facts(cuda=replace(cuda_of(), peers=NOBODY)), False, None, "runs stock because no peer"),
         (CPU, False, "reference", "CPU only: for tests"),
         (replace(CPU, sglang=Failure("error", "broken")), False, None, "not even for tests"),

@@ -149,7 +149,7 @@ def test_what_was_not_run_is_said(monkeypatch):
     assert not result.passed
     assert result.findings[0].id == "selftest-not-run"
     assert "no NVIDIA GPU" in result.findings[0].text
-    harmless = [finding("no-device-transport", ""), finding("sglang-missing", "")]
+    harmless = [finding("plugin-not-loaded", ""), finding("sglang-missing", "")]
     assert ran(monkeypatch, facts(), harmless) == ["cuda:0", "cuda:1"]
 
 

@@ -3,14 +3,11 @@
 import os
 
 from sglang_tokenweave import __version__
-from sglang_tokenweave.config import TRANSPORTS
 from sglang_tokenweave.doctor import hardware, machine, probes, software, system, versions
 from sglang_tokenweave.doctor.facts import Facts
 from sglang_tokenweave.doctor.findings import Finding
 from sglang_tokenweave.doctor.forms import multicast_switches
 from sglang_tokenweave.doctor.probe import PROBES
-
-_NOT_DEVICE = frozenset({"auto", "reference"})
 
 
 def gather() -> Facts:
@@ -19,7 +16,6 @@ def gather() -> Facts:
     answers = probes.gather(PROBES)
     return Facts(
         version=__version__,
-        transports=tuple(name for name in TRANSPORTS if name not in _NOT_DEVICE),
         switches=multicast_switches(),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         machine=here,

@@ -123,7 +123,6 @@ class Facts:
     """Everything; a probe that failed stands in the place of its answer."""
 
     version: str  # ours
-    transports: tuple[str, ...]  # device transports that a server of this release can select
     switches: tuple[str, ...]  # NAME=value of the operator's switches against multicast
     visible: str | None  # CUDA_VISIBLE_DEVICES
     machine: Machine

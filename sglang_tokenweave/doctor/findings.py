@@ -132,10 +132,6 @@ CATALOGUE: dict[str, tuple[Level, str]] = {
     "seams": (Level.OK, ""),
     "seams-missing": (Level.PROBLEM, "use SGLang 0.5.17 to 0.5.23, and no other patches of it"),
     "seams-partial": (Level.WARNING, "use SGLang 0.5.17 to 0.5.23, and no other patches of it"),
-    "no-device-transport": (
-        Level.PROBLEM,
-        "a later release has one; --tokenweave-transport reference weaves for checks, slowly",
-    ),
     # self-test
     "selftest-passed": (Level.OK, ""),
     "selftest-one-gpu": (Level.NOTE, "run it where two GPUs are, to measure their link"),

@@ -60,7 +60,6 @@ PAINS = {
             "log-not-active",
             "log-silent",
             "log-never-woven",
-            "no-device-transport",
             "no-nvlink",
             "selftest-slow",
         ),

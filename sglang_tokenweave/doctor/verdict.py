@@ -27,10 +27,8 @@ def decide(facts: Facts, findings: Sequence[Finding]) -> Verdict:
         return _on_cpu(problems)
     if problems:
         why = "; ".join(found.text for found in problems)
-        is_fit = all(found.id == "no-device-transport" for found in problems)
-        fit = " (the machine itself is fit for peer)" if is_fit else ""
-        return Verdict(False, None, f"runs stock because {why}{fit}")
-    transport = next(name for name in _preferred(facts, findings) if name in facts.transports)
+        return Verdict(False, None, f"runs stock because {why}")
+    transport = _preferred(facts, findings)
     return Verdict(True, transport, f"can weave with --tokenweave-transport {transport}")
 
 
@@ -41,8 +39,7 @@ def _on_cpu(problems: Sequence[Finding]) -> Verdict:
     return Verdict(False, "reference", "CPU only: for tests, with transport reference")
 
 
-def _preferred(facts: Facts, findings: Sequence[Finding]) -> tuple[str, ...]:
+def _preferred(facts: Facts, findings: Sequence[Finding]) -> str:
     ids = {found.id for found in findings}
     is_clear = "multicast-unproven" in ids and not {"fabric-not-ready", "fabric-differs"} & ids
-    ordered = ("multicast", "peer") if is_clear and len(facts.gpus) > 2 else ("peer",)
-    return (*ordered, *facts.transports)
+    return "multicast" if is_clear and len(facts.gpus) > 2 else "peer"

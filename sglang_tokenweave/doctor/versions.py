@@ -15,10 +15,6 @@ def judge(facts: Facts) -> Iterator[Finding]:
     yield from _versions(facts)
     yield from _packages(facts)
     yield from _seams(facts)
-    if not facts.transports and facts.has_nvidia:
-        yield finding(
-            "no-device-transport", "no device transport is ready in this release, stock is faster"
-        )
 
 
 def _versions(facts: Facts) -> Iterator[Finding]:
