@@ -1,4 +1,4 @@
-"""Draw how the demo model learnt: `python -m launch.plot_training` (needs the extra `train`)."""
+"""Draw how the demo model learnt: `python -m launch.plot_training` (needs the extra `bench`)."""
 
 import json
 from pathlib import Path

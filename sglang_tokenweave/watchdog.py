@@ -101,12 +101,20 @@ class FlagReader:
         driver.call("cuStreamDestroy", self._stream)
 
     def _synchronize(self) -> None:
-        cuda = driver.bindings()
         end = time.monotonic() + _READ_TIMEOUT_S
-        while cuda.cuStreamQuery(self._stream)[0] == cuda.CUresult.CUDA_ERROR_NOT_READY:
+        while self._is_busy():
             if time.monotonic() > end:
                 raise RuntimeError(f"the device did not answer in {_READ_TIMEOUT_S:g} s")
             time.sleep(0.01)
+
+    def _is_busy(self) -> bool:
+        try:
+            driver.call("cuStreamQuery", self._stream)
+        except driver.CudaError as error:
+            if error.error == "CUDA_ERROR_NOT_READY":
+                return True
+            raise
+        return False
 
 
 def abort(message: str) -> None:

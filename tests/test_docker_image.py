@@ -132,8 +132,8 @@ def test_the_cpu_image_serves_the_demo_and_stops(cpu: Image, volume: Path, tmp_p
         wait_until_healthy(container, list(cpu.healthcheck))
         check_confinement(container.first)
         url = f"http://127.0.0.1:{port}"
-        answer = demo.post_json(f"{url}/generate", demo.demo_request(seed=1))
-        assert answer["meta_info"]["completion_tokens"] == 16
+        answer = demo.post_json(f"{url}/generate", demo.demo_request(seed=1, length=demo.SHORT))
+        assert answer["meta_info"]["completion_tokens"] > 0
         state = demo.get_json(f"{url}/server_info")["internal_states"][0]["tokenweave"]
         assert state["active"], state
         assert state["batches"]["prefill"]["weave"] > 0, state

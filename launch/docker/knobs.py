@@ -35,7 +35,7 @@ def table() -> list[Knob]:
     """Return every variable; those of TokenWeave are its options, so none can be forgotten."""
     general = [
         Knob(
-            "MODEL", "", "a folder, or a Hugging Face name on a GPU; the CPU image has a tiny one"
+            "MODEL", "", "a folder, or a Hugging Face name on a GPU; the CPU image has a small one"
         ),
         Knob("TP", "", "ranks; default: all GPUs that the container sees, 2 on a CPU"),
         Knob("HOST", "0.0.0.0", "address to listen on, inside the container"),
