@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +91,15 @@ class Container:
             return child
         raise AssertionError(f"the container does not run:\n{self.text()[-6000:]}")
 
+    def kill(self) -> None:
+        """End all of it, if it still runs: with process 1 go the others."""
+        # Whoever started process 1 cannot take it along: it has become another user's.
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                child.kill()
+        self.process.kill()
+        self.process.wait()
+
     def health(self, command: list[str]) -> int:
         """Run the image's health check inside, as an engine does."""
         inside = ["nsenter", "--target", str(self.first.pid), "--mount", "--pid", "--root"]
@@ -145,8 +155,7 @@ def test_the_cpu_image_serves_the_demo_and_stops(cpu: Image, volume: Path, tmp_p
         print(container.text()[-6000:])
         raise
     finally:
-        container.process.kill()
-        container.process.wait()
+        container.kill()
 
 
 def test_a_volume_of_another_owner_is_refused_with_the_remedy(
