@@ -22,9 +22,10 @@ from sglang_tokenweave.copy_lanes import CopyLanes, new_event, new_stream, order
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Plan, Region, Rows, make_plan
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import FP8
+from sglang_tokenweave.operands import check_tensor
 from sglang_tokenweave.stream_flags import Flags, KernelFlags, MemoryOpFlags
 from sglang_tokenweave.symmetric import PeerMemory
-from sglang_tokenweave.transport import Pending, Slot
+from sglang_tokenweave.transport import Done, Pending, Slot
 from sglang_tokenweave.watchdog import Board, FlagReader, Watchdog
 
 MAX_LANES = 4  # a GPU has few engines for its peers, and each stream more costs two events
@@ -174,7 +175,7 @@ class CopyEngine:
         self._flags.exchange(stream, channel, Phase.DONE)
 
         if not beside:
-            return _Done()
+            return Done()
         finished = next(self._finished)
         driver.call("cuEventRecord", finished, stream)
         return _EventPending(finished)
@@ -240,20 +241,14 @@ class CopyEngine:
             raise ValueError(f"the result is to be {out_dtype}; this engine writes {allowed}")
         if (out_dtype == FP8) != (out.scales is not None):
             raise ValueError(f"rows of {out_dtype}: only FP8 rows have scales, and they must")
-        _check_tensor("slot", slot.tensor, shape, dtype)
-        _check_tensor("result", out.tensor, shape, out_dtype, 8 if out_dtype == FP8 else 16)
-        _check_tensor("weight", weight, shape[1:], dtype)
+        check_tensor("slot", slot.tensor, shape, dtype)
+        check_tensor("result", out.tensor, shape, out_dtype, 8 if out_dtype == FP8 else 16)
+        check_tensor("weight", weight, shape[1:], dtype)
         if residual is not None:
             owned = slot.owned_rows(self.rank, layout.world_size)
-            _check_tensor("residual", residual, (owned.stop - owned.start, shape[1]), dtype)
+            check_tensor("residual", residual, (owned.stop - owned.start, shape[1]), dtype)
         if out.scales is not None:
-            _check_tensor("scales", out.scales, (rows,), torch.float32, 4)
-
-
-@dataclass(frozen=True)
-class _Done:
-    def wait(self) -> None:
-        """Nothing to wait for: it ran on the caller's stream."""
+            check_tensor("scales", out.scales, (rows,), torch.float32, 4)
 
 
 @dataclass(frozen=True)
@@ -307,14 +302,3 @@ def _check_memory(layout: Layout, scratch: Region, regions: Sequence[Region]) ->
             raise ValueError(
                 f"memory of {len(region.addresses)} ranks; the layout has {layout.world_size}"
             )
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, alignment: int = 16
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}"
-        )
-    if not tensor.is_contiguous() or tensor.data_ptr() % alignment:
-        raise ValueError(f"{name} must be contiguous and aligned to {alignment} bytes")

@@ -13,6 +13,7 @@ from sglang_tokenweave import compiler
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.driver import Kernel, shared_limit_bytes
 from sglang_tokenweave.kernels import FP8, MAX_CTAS, MAX_RANKS, Params, Variant, choose_variant
+from sglang_tokenweave.operands import check_tensor
 from sglang_tokenweave.transport import Slot
 
 # Kernels on two streams may meet their peers in any order, so each stream has signals of its own.
@@ -147,17 +148,10 @@ class FusedOp:
             raise ValueError(
                 f"rows of {out.tensor.dtype}: only FP8 rows have scales, and they must"
             )
-        wanted: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {"weight": (weight, (hidden,))}
+        check_tensor("weight", weight, (hidden,), dtype)
         if residual is not None:
             owned = x.owned_rows(self.rank, self.world_size)
-            wanted["residual"] = (residual, (owned.stop - owned.start, hidden))
-        for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}"
-                )
-            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                raise ValueError(f"{name} must be contiguous and aligned to 16 bytes")
+            check_tensor("residual", residual, (owned.stop - owned.start, hidden), dtype)
 
 
 def choose_grid(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave.agreement import step
+from sglang_tokenweave.operands import check_tensor
 
 WORLD_SIZES = (2, 4, 8, 16)  # that flashinfer's kernel is built for
 DTYPES = (torch.bfloat16, torch.float16)
@@ -178,18 +179,10 @@ class OneShot:
                 f"{num_tokens} tokens: the workspace is for 1 to {self.max_tokens}; "
                 "larger batches are for the fused kernel"
             )
-        wanted = {
-            "x": (x, (num_tokens, self.hidden_size)),
-            "residual": (residual, (num_tokens, self.hidden_size)),
-            "weight": (weight, (self.hidden_size,)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {self.dtype}"
-                )
-            if not tensor.is_contiguous() or tensor.data_ptr() % _VECTOR_BYTES:
-                raise ValueError(f"{name} must be contiguous and aligned to {_VECTOR_BYTES} bytes")
+        rows = (num_tokens, self.hidden_size)
+        check_tensor("x", x, rows, self.dtype, _VECTOR_BYTES)
+        check_tensor("residual", residual, rows, self.dtype, _VECTOR_BYTES)
+        check_tensor("weight", weight, (self.hidden_size,), self.dtype, _VECTOR_BYTES)
 
 
 def _flashinfer(group: dist.ProcessGroup) -> tuple[Any, Any]:

@@ -11,16 +11,10 @@ from sglang_tokenweave.copy_plan import Layout, Region
 from sglang_tokenweave.fused import SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8, choose_variant
 from sglang_tokenweave.symmetric import PeerMemory
-from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricBuffer
+from sglang_tokenweave.transport import Done, Pending, Slot, StreamPending, SymmetricBuffer
 
 _IN_LINE, _BESIDE = 0, 1  # channels
 _SCALE_BYTES = 4
-
-
-@dataclass(frozen=True)
-class _Done:
-    def wait(self) -> None:
-        """Nothing to wait for: it ran on the caller's stream."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ class PeerTransport:
             channel=_BESIDE if beside else _IN_LINE,
             stream=stream,
         )
-        return StreamPending(stream.record_event()) if beside else _Done()
+        return StreamPending(stream.record_event()) if beside else Done()
 
     def close(self) -> None:
         """Unmap all memory; a collective call."""

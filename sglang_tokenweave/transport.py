@@ -70,6 +70,14 @@ class Pending(Protocol):
 
 
 @dataclass(frozen=True)
+class Done:
+    """A communication that ran on the caller's stream."""
+
+    def wait(self) -> None:
+        """Nothing to wait for: what the caller does from now on is behind it."""
+
+
+@dataclass(frozen=True)
 class StreamPending:
     """A communication on a stream of its own, which `event` ends."""
 
