@@ -1,5 +1,6 @@
 """The transports of the fused kernel: on memory that all ranks have mapped, by NVLink."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class _Region:
 
     buffer: SymmetricBuffer
     memory: PeerMemory
+    copy_engine: CopyEngine | None  # for what is reduced in place, beside a computation
 
     def rows(self, slot: Slot) -> Rows | None:
         """Return `slot` as all ranks' memory has it; None: it is not of this buffer."""
@@ -65,7 +67,6 @@ class PeerTransport:
         self._group = group
         self._device = device
         self._engine = engine
-        self._copy_engines: dict[int, CopyEngine] = {}  # by the index of the region
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -89,22 +90,25 @@ class PeerTransport:
             choose_variant(dtype, self.world_size, hidden_size, is_multicast=self._is_multicast)
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0
-        memory = self._share(capacity * (row_bytes + scale_bytes))
         rows_bytes = capacity * row_bytes
+        memory = self._share(rows_bytes + capacity * scale_bytes)
         rows = memory.bytes[:rows_bytes].view(dtype).view(capacity, hidden_size)
         scales = None
         if scale_bytes:
             # 8-bit rows of a multiple of 8: what follows them is aligned for a float.
             scales = memory.bytes[rows_bytes : rows_bytes + capacity * scale_bytes]
             scales = scales.view(torch.float32)
-        buffer = SymmetricBuffer(rows, scales)
-        self._regions.append(_Region(buffer, memory))
-        step("compiling", self._group, self._prepare)
+        copy_engine = None
         if self._engine == "copy" and dtype != FP8:
             layout = Layout(self.world_size, capacity, hidden_size, dtype)
-            region = Region(self.rank, tuple(memory.addresses), rows_bytes)
-            engine = CopyEngine.create(self._group, self._device, layout, [region])
-            self._copy_engines[len(self._regions) - 1] = engine
+            place = Region(self.rank, tuple(memory.addresses), rows_bytes)
+            with ExitStack() as stack:
+                stack.callback(memory.close)  # if it fails, which it does on all ranks
+                copy_engine = CopyEngine.create(self._group, self._device, layout, [place])
+                stack.pop_all()
+        buffer = SymmetricBuffer(rows, scales)
+        self._regions.append(_Region(buffer, memory, copy_engine))
+        step("compiling", self._group, self._prepare)
         return buffer
 
     def allreduce_rmsnorm(
@@ -124,19 +128,18 @@ class PeerTransport:
         Raises:
             ValueError: a tensor is not what the kernel takes.
         """
-        copy_engine = self._copy_engine(slot) if beside and out is None else None
-        if copy_engine is not None:
-            return copy_engine.allreduce_rmsnorm(
+        region, x = self._find(slot)
+        if region.copy_engine is not None and beside and out is None:
+            return region.copy_engine.allreduce_rmsnorm(
                 slot, residual, weight, eps, beside=True, weight_offset=weight_offset
             )
         current = torch.cuda.current_stream()
         stream = self._stream if beside else current
         if beside:
             stream.wait_stream(current)
-        x = self._rows(slot)
         self._op.launch(
             x,
-            x if out is None else self._rows(out),
+            x if out is None else self._find(out)[1],
             residual,
             weight,
             eps,
@@ -151,9 +154,9 @@ class PeerTransport:
         """Unmap all memory; a collective call."""
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)
-        for engine in self._copy_engines.values():
-            engine.close()
         for region in self._regions:
+            if region.copy_engine is not None:
+                region.copy_engine.close()
             region.memory.close()
         self._signals.close()
 
@@ -168,15 +171,11 @@ class PeerTransport:
                 if dtype != FP8:
                     self._op.prepare(dtype, hidden_size, out)
 
-    def _copy_engine(self, slot: Slot) -> CopyEngine | None:
-        found = (i for i, region in enumerate(self._regions) if region.rows(slot) is not None)
-        return self._copy_engines.get(next(found, -1))
-
-    def _rows(self, slot: Slot) -> Rows:
+    def _find(self, slot: Slot) -> tuple[_Region, Rows]:
         for region in self._regions:
             rows = region.rows(slot)
             if rows is not None:
-                return rows
+                return region, rows
         raise ValueError("the rows are of no buffer of this transport: take them from `allocate`")
 
 
