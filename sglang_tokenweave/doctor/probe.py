@@ -1,16 +1,16 @@
 """One probe, in a process of its own: `python -m sglang_tokenweave.doctor.probe NAME SECONDS`.
 
 Libraries may crash, hang, print, and register what they like; here it harms nobody. The answer, or
-a `Failure`, leaves pickled on standard output.
+a `Failure`, leaves as JSON on standard output.
 """
 
 import importlib
 import os
-import pickle
 import signal
 import sys
 from typing import Any
 
+from sglang_tokenweave.doctor.answers import to_text
 from sglang_tokenweave.doctor.facts import Failure
 
 PROBES = {
@@ -40,10 +40,10 @@ def _one_line(error: Exception) -> str:
 def main(name: str, seconds: str) -> None:
     """Answer on standard output, which is kept free of what libraries print."""
     signal.alarm(int(seconds))  # should the doctor itself be gone
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with answers:
-        pickle.dump(ask(name), answers)
+        answers.write(to_text(ask(name)))
     os._exit(0)  # a library's threads and exit handlers have nothing to add
 
 

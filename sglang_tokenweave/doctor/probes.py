@@ -1,7 +1,6 @@
 """Run the probes side by side, each with a deadline; what goes wrong in one is its answer."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from typing import IO, Any
 
+from sglang_tokenweave.doctor.answers import from_text
 from sglang_tokenweave.doctor.facts import Failure
 
 DEADLINE_S = 120  # eight GPUs without persistence mode take half a minute to wake up
@@ -62,8 +62,8 @@ class _Probe:
             name = signal.Signals(-self._process.returncode).name
             return Failure("crashed", f"ended by {name}{self._last_words()}")
         try:
-            return pickle.loads(output)
-        except (EOFError, pickle.UnpicklingError):
+            return from_text(output)
+        except ValueError:  # it ended before its answer was complete
             code = self._process.returncode
             return Failure("crashed", f"ended with exit code {code}{self._last_words()}")
 
