@@ -151,15 +151,16 @@ def export(options: Mapping[str, Any], environment: MutableMapping[str, str] = o
 
 def _read(environment: Mapping[str, str]) -> dict[str, Any]:
     text = environment.get(ENVIRONMENT_VARIABLE, "") or "{}"
+    shown = repr(text[:200])
     try:
         options = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of the syntax, 4300 digits, nesting
         raise ConfigError(
-            f"environment variable {ENVIRONMENT_VARIABLE} is not JSON ({error}): {text!r}; "
+            f"environment variable {ENVIRONMENT_VARIABLE} is not JSON ({error}): {shown}; "
             'expected an object such as {"enabled": true, "min_tokens": 512}'
         ) from error
     if not isinstance(options, dict):
         raise ConfigError(
-            f"environment variable {ENVIRONMENT_VARIABLE} holds {text!r}; expected a JSON object"
+            f"environment variable {ENVIRONMENT_VARIABLE} holds {shown}; expected a JSON object"
         )
     return options

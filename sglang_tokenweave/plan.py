@@ -162,7 +162,10 @@ class PlanTable:
         Raises:
             ValueError: the text is no table; the error names row and field.
         """
-        document = json.loads(text)
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:  # of the syntax, 4300 digits, nesting
+            raise ValueError(f"rows: the text is not JSON ({error}): {text[:80]!r}") from error
         entries = document.get("rows") if isinstance(document, dict) else None
         if type(entries) is not list:
             raise ValueError(f"rows: got {text[:80]!r}; expected a JSON object with this list")

@@ -235,7 +235,7 @@ def test_json_errors_name_row_and_field(row, message):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 5}', '{"rows": null}', "7"])
 def test_json_that_is_no_table(text):
-    with pytest.raises(ValueError, match=r"rows: got .* expected a JSON object|Expecting value"):
+    with pytest.raises(ValueError, match=r"^rows: "):
         PlanTable.from_json(text)
 
 

@@ -15,6 +15,7 @@ DEVICES = ("cuda", "cpu")
 PREFIX = "TOKENWEAVE_"
 # A prefill chunk on a CPU is 512 tokens: the default threshold would never be reached.
 CPU_MIN_TOKENS = 64
+_MAX_DIGITS = 20  # of any number here; int() itself raises from 4301 digits on
 _SWITCH = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -159,7 +160,8 @@ def _value(name: str, text: str, kind: Any) -> bool | int | str:
 
 
 def _integer(name: str, text: str, least: int, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    if not (is_number and least <= int(text) <= most):
         raise KnobError(f"{name} is {text!r}; it must be a whole number from {least} to {most}")
     return int(text)
 
@@ -171,8 +173,8 @@ def _flags(extra: str, arguments: Sequence[str]) -> list[str]:
         raise KnobError(f"EXTRA_ARGS is {extra!r}: {error}; quote it as for a shell") from error
     if flags and not flags[0].startswith("-"):
         raise KnobError(
-            f"got {flags[0]!r}, but what follows the image must be SGLang flags; "
-            f"to run another program: docker run --entrypoint {flags[0]} IMAGE"
+            f"got {flags[0]!r}, but EXTRA_ARGS and what follows the image must be SGLang "
+            f"flags; to run another program: docker run --entrypoint {flags[0]} IMAGE"
         )
     for given in flags:
         if given.partition("=")[0] in OWN_FLAGS:
