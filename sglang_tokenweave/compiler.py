@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ _FORMAT = 1  # of cache entries: raise it when their content changes
 # With -v, ptxas writes registers and spills into the log. Line numbers cost nothing at run time.
 # NVRTC's own cache answers without a log, and the log is where the resources are read from.
 _OPTIONS = ("--std=c++20", "-lineinfo", "--ptxas-options=-v", "--no-cache")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _HEADER_SUFFIXES = {".cuh", ".h", ".hpp", ".inl"}
 
 
@@ -237,12 +239,16 @@ def _usable_cache(cache: Path | None) -> Path | None:
     try:
         folder = default_cache() if cache is None else cache
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
+        status = folder.stat()
     except (OSError, RuntimeError) as error:
         _warn(f"compiling without a cache: {error}")
         return None
+    owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
     if owner != os.geteuid():
         _warn(f"compiling without a cache: {folder} belongs to uid {owner}, not {os.geteuid()}")
+        return None
+    if mode & _OTHERS_WRITE:
+        _warn(f"compiling without a cache: others may write to {folder} (mode {mode:o}); chmod 700")
         return None
     return folder
 
@@ -250,22 +256,28 @@ def _usable_cache(cache: Path | None) -> Path | None:
 def _load(folder: Path, key: str) -> Compiled | None:
     entry = folder / f"{key}.kernel"
     try:
-        with entry.open("rb") as stream:
-            owner = os.fstat(stream.fileno()).st_uid
-            content = stream.read()
+        with open(entry, "rb", opener=_open_itself) as stream:
+            status = os.fstat(stream.fileno())
+            content = stream.read() if stat.S_ISREG(status.st_mode) else b""
     except FileNotFoundError:
         return None
     except OSError as error:
         _warn(f"compiling again: {error}")
         return None
     checksum, _, body = content.partition(b"\n")
-    # In a folder that others may write to, a right checksum proves nothing.
-    if owner != os.geteuid() or checksum != _checksum(key, body):
+    # Where others may write, a right checksum proves nothing: everyone can compute it.
+    is_ours = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_WRITE
+    if not is_ours or checksum != _checksum(key, body):
         _warn(f"compiling again: {entry} is damaged or foreign")
         return None
     header, _, cubin = body.partition(b"\n")
     fields = json.loads(header)
     return Compiled(cubin, fields["name"], Resources(**fields["resources"]), fields["ptx"])
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Open what stands at a path, not what a link there leads to, and wait for no pipe's writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _publish(folder: Path, key: str, compiled: Compiled) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from compiling import HEADER, KERNEL, compile_with, run_child, start_child, write_sources
 from cuda.bindings import nvrtc
+from exchanging import Ranks
 
 from sglang_tokenweave import compiler
 from sglang_tokenweave.compiler import CompileError
@@ -210,6 +211,94 @@ def test_an_entry_of_somebody_else_is_replaced(compile_, compilations, cache, ca
     assert len(compilations) == 2
     assert "damaged or foreign" in caplog.text
     assert entry.stat().st_uid == 0
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_cache_that_others_may_write_to_is_not_used(compile_, compilations, cache, caplog, mode):
+    good = compile_()
+    before = list(cache.iterdir())
+    cache.chmod(mode)
+    assert compile_() == compile_() == good
+    assert len(compilations) == 3
+    (record,) = caplog.records
+    assert f"others may write to {cache} (mode {mode:o}); chmod 700" in record.message
+    assert list(cache.iterdir()) == before
+    cache.chmod(0o755)  # that others may read does no harm
+    assert compile_() == good
+    assert len(compilations) == 3
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o602])
+def test_an_entry_that_others_may_write_to_is_replaced(compile_, compilations, cache, caplog, mode):
+    good = compile_()
+    (entry,) = cache.iterdir()
+    entry.chmod(mode)
+    assert compile_() == compile_() == good
+    assert len(compilations) == 2
+    (record,) = caplog.records
+    assert "damaged or foreign" in record.message
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("target", ["the entry itself, elsewhere", "/dev/zero", "nowhere"])
+def test_an_entry_that_is_a_link_is_replaced(
+    compile_, compilations, cache, tmp_path, caplog, target
+):
+    good = compile_()
+    (entry,) = cache.iterdir()
+    elsewhere = entry.rename(tmp_path / "elsewhere")
+    entry.symlink_to(elsewhere if target.startswith("the entry") else target)
+    assert compile_() == compile_() == good
+    assert len(compilations) == 2
+    (record,) = caplog.records
+    assert str(entry) in record.message
+    assert entry.is_file()
+    assert not entry.is_symlink()
+    assert elsewhere.exists()  # the link was replaced, not what it led to
+
+
+def test_an_entry_that_is_a_pipe_does_not_stop_the_server(compile_, compilations, cache, caplog):
+    good = compile_()
+    (entry,) = cache.iterdir()
+    entry.unlink()
+    os.mkfifo(entry, 0o600)
+    assert compile_() == compile_() == good
+    assert len(compilations) == 2
+    assert "damaged or foreign" in caplog.text
+    assert entry.is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_gets_nothing_into_the_cache(compile_, compilations, cache, tmp_path, caplog):
+    good = compile_()
+    (entry,) = cache.iterdir()
+    content = entry.read_bytes()
+    outcomes = Ranks(_intrude_as_nobody, [0], cache, entry.name).outcomes()
+    assert outcomes == {0: [PermissionError] * 4}
+    assert entry.read_bytes() == content
+    assert compile_() == good
+    assert len(compilations) == 1
+    assert not caplog.records
+
+
+def _intrude_as_nobody(_, cache, name):
+    """Return how each of four ways to the cache's content fails."""
+    # By a descriptor, because the folders above may be closed to this user, too.
+    handle = os.open(cache, os.O_PATH)
+    os.setuid(65534)
+    ways = (
+        lambda: os.open(name, os.O_RDONLY, dir_fd=handle),
+        lambda: os.open("planted.kernel", os.O_WRONLY | os.O_CREAT, dir_fd=handle),
+        lambda: os.unlink(name, dir_fd=handle),
+        lambda: os.listdir(f"/proc/self/fd/{handle}"),
+    )
+    errors = []
+    for way in ways:
+        try:
+            way()
+        except OSError as error:
+            errors.append(type(error))
+    return errors
 
 
 def test_a_read_only_cache_is_warned_of_once(sources):

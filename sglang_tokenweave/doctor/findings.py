@@ -112,7 +112,7 @@ CATALOGUE: dict[str, tuple[Level, str]] = {
         Level.WARNING,
         "let XDG_CACHE_HOME name a folder of this user, or kernels compile at every start",
     ),
-    "cache-open": (Level.WARNING, "chmod 700 the folder: others could plant kernels there"),
+    "cache-open": (Level.WARNING, "chmod 700 the folder, or kernels compile at every start"),
     "cache-full": (Level.WARNING, "make room: kernels compile at every start otherwise"),
     "cache-volatile": (
         Level.NOTE,

@@ -66,7 +66,8 @@ def _cache(cache: Cache) -> Iterator[Finding]:
     size = cache.num_bytes / MIB
     yield finding("cache", f"{cache.num_kernels} compiled kernels ({size:.1f} MiB), {cache.folder}")
     if cache.mode & 0o022:
-        yield finding("cache-open", f"others may write to {cache.folder} (mode {cache.mode:o})")
+        text = f"others may write to {cache.folder} (mode {cache.mode:o}), so it is not used"
+        yield finding("cache-open", text)
     if cache.free_bytes < CACHE_BYTES:
         yield finding("cache-full", f"{cache.free_bytes // MIB} MiB are free for compiled kernels")
     if cache.is_volatile:
