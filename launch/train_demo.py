@@ -136,7 +136,7 @@ class Training:
         """Go on from a checkpoint, if there is one of the same recipe."""
         if not path.exists():
             return
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)
         if state["recipe"] != asdict(self.recipe):
             raise SystemExit(f"{path} is of another recipe: {state['recipe']}; remove it")
         self.step, self.losses = state["step"], state["losses"]
