@@ -40,6 +40,9 @@ class Ranks:
             process.close()
         return found
 
+    def are_running(self):
+        return all(process.is_alive() for process, _ in self._running.values())
+
     def kill(self):
         for process, receiver in self._running.values():
             process.kill()

@@ -113,6 +113,37 @@ def test_many_strangers_neither_stop_nor_starve_an_exchange(strangers, arguments
         crowd.kill()
 
 
+def _as_nobody(rank, function, *arguments):
+    os.setuid(65534)
+    return function(rank, *arguments)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("strangers", "arguments"),
+    [(_flood, (900,)), (_flood, (1,)), (_babble, ())],
+    ids=["silent", "hasty", "babbling"],
+)
+def test_a_crowd_of_another_user_changes_nothing(strangers, arguments):
+    """Neither an exchange that succeeds nor one that fails, at its deadline, for another reason."""
+    good, lacking = new_token(), new_token()
+    crowds = [Ranks(_as_nobody, range(3), strangers, t, 3, *arguments) for t in (good, lacking)]
+    try:
+        late_s = {3: 1.0}
+        ranks = Ranks(_meet_with_few_descriptors, range(4), 4, good, PATIENCE_S, late_s)
+        missing_one = Ranks(_meet_with_few_descriptors, range(3), 4, lacking, 2.0)
+        start = time.monotonic()
+        failures = missing_one.outcomes()
+        assert time.monotonic() - start < PATIENCE_S
+        assert ranks.outcomes() == all_met(4)
+        assert all(crowd.are_running() for crowd in crowds)
+    finally:
+        for crowd in crowds:
+            crowd.kill()
+    assert {type(failure) for failure in failures.values()} == {ExchangeError}
+    assert all("with rank(s) 3 in 2 s" in str(failure) for failure in failures.values())
+
+
 def test_a_stranger_gets_nothing():
     token, wrong = new_token(), new_token()
     ranks = Ranks(meet, range(2), 3, token, 1.5)
