@@ -267,12 +267,19 @@ def _load(folder: Path, key: str) -> Compiled | None:
     checksum, _, body = content.partition(b"\n")
     # Where others may write, a right checksum proves nothing: everyone can compute it.
     is_ours = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_WRITE
-    if not is_ours or checksum != _checksum(key, body):
+    found = _parse(body) if is_ours and checksum == _checksum(key, body) else None
+    if found is None:
         _warn(f"compiling again: {entry} is damaged or foreign")
-        return None
+    return found
+
+
+def _parse(body: bytes) -> Compiled | None:
     header, _, cubin = body.partition(b"\n")
-    fields = json.loads(header)
-    return Compiled(cubin, fields["name"], Resources(**fields["resources"]), fields["ptx"])
+    try:
+        fields = json.loads(header)
+        return Compiled(cubin, fields["name"], Resources(**fields["resources"]), fields["ptx"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None  # no damage does this: somebody wrote another content with its checksum
 
 
 def _open_itself(path: str, flags: int) -> int:

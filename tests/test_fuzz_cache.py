@@ -1,5 +1,6 @@
 """Arbitrary and damaged entries of the kernels' cache: the right kernel, or one warning."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -75,6 +76,23 @@ def test_flipped_bits(cache, data):
     for place in data.draw(st.sets(places, max_size=4)):
         damaged[place // 8] ^= 1 << place % 8
     check(cache, bytes(damaged))
+
+
+headers = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["name", "resources", "ptx"]), inner)
+    ),
+).map(json.dumps)
+
+
+@given(headers.map(str.encode) | st.binary(max_size=20))
+@example(b"[" * 5000)
+@fuzz
+def test_other_content_under_its_own_checksum(cache, header):
+    body = header + b"\ncubin"
+    check(cache, compiler._checksum(cache.entry.stem, body) + b"\n" + body)
 
 
 @given(st.data())
