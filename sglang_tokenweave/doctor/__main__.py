@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from sglang_tokenweave.doctor import checkup, logs, report, selftest
@@ -78,6 +79,8 @@ def _read_log(name: str, as_json: bool) -> int:
 def _open(name: str) -> Any:
     if name == "-":
         stdin: TextIO = sys.stdin
+        if isinstance(stdin, TextIOWrapper):
+            stdin.reconfigure(errors="replace")
         return nullcontext(stdin)
     return open(name, encoding="utf-8", errors="replace")
 

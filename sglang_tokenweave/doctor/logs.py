@@ -79,7 +79,7 @@ SYMPTOMS = (
     Symptom(
         "log-multicast-off",
         Level.NOTE,
-        r"\S+=\S* forbids multicast|NCCL_NVLS_ENABLE set by environment to 0",
+        r"forbids multicast|NCCL_NVLS_ENABLE set by environment to 0",
         "multicast is off because the operator's environment says so",
         "unset the variable to allow multicast; `peer` needs none",
     ),
@@ -194,9 +194,10 @@ SYMPTOMS = (
 CATALOGUE = {symptom.id: symptom for symptom in SYMPTOMS}
 
 _PATTERNS = [(symptom.id, re.compile(symptom.pattern)) for symptom in SYMPTOMS if symptom.pattern]
-_WAIT = re.compile(r"tokenweave: rank (\d+), CTA (\d+) waited \d+ ms for rank (\d+)\b")
+_WAIT = re.compile(r"tokenweave: rank (\d+), CTA (\d{1,9}) waited \d+ ms for rank (\d+)\b")
 _STREAM_WAIT = re.compile(r"tokenweave: rank (\d+).*a stream has waited")
 _STREAM_PEER = re.compile(r"rank (\d+)'s: expected")
+_LONGEST = 10_000  # characters of a line that are read: some patterns take the square of it
 _COUNTS = re.compile(r"TokenWeave after \d+ batches: (.*)")
 
 
@@ -228,7 +229,7 @@ def read(lines: Iterable[str]) -> list[Sighting]:
     log = _Log()
     for line in lines:
         log.num_lines += 1
-        _note(log, line)
+        _note(log, line[:_LONGEST])
     computed = _of_the_whole(log)
     sightings = [
         *(_sighting(name, log, line, log.excerpts[name]) for name, line in log.first.items()),
@@ -241,7 +242,7 @@ def _note(log: _Log, line: str) -> None:
     for name, pattern in _PATTERNS:
         if pattern.search(line):
             log.first.setdefault(name, log.num_lines)
-            log.excerpts.setdefault(name, line.strip()[-300:])
+            log.excerpts.setdefault(name, _plain(line.strip()[-300:]))
             log.counts[name] = log.counts.get(name, 0) + 1
     for rank, peer, cta in _waits(line):
         log.waits.setdefault((rank, peer), set()).add(cta)
@@ -250,6 +251,11 @@ def _note(log: _Log, line: str) -> None:
         log.last_counts, log.last_counts_line = counts[1], log.num_lines
     log.has_server |= "server_args=" in line or "fired up and ready" in line
     log.has_us |= "tokenweave" in line.lower()
+
+
+def _plain(text: str) -> str:
+    """Return a text fit for a terminal: a log holds what clients sent, terminal escapes, too."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _waits(line: str) -> Iterator[tuple[str, str, int]]:
@@ -267,7 +273,7 @@ def _of_the_whole(log: _Log) -> Iterator[tuple[str, int, str]]:
         yield "log-silent", log.num_lines, ""
     plans = log.last_counts.partition(";")[0]
     if plans and " weave " not in plans and " fuse " not in plans:
-        yield "log-never-woven", log.last_counts_line, log.last_counts
+        yield "log-never-woven", log.last_counts_line, _plain(log.last_counts)
 
 
 def _why_waited(waits: dict[tuple[str, str], set[int]]) -> str:
