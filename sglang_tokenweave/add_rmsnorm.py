@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tokenweave import compiler, driver
+from sglang_tokenweave import driver
 from sglang_tokenweave.kernels import FP8, MAX_RANKS
 
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
@@ -69,19 +69,6 @@ def choose_variant(
     threads = next(threads for threads in (128, 256, 512) if vecs <= _MAX_VECS * threads)
     num_vecs = -(-vecs // threads)
     return Variant(_ELEMENTS[dtype], out_dtype == FP8, num_ranks, num_vecs, threads)
-
-
-def load(file: str, expression: str, num_threads: int, device: torch.device) -> driver.Kernel:
-    """Compile a kernel and load it on `device`, which is the current one."""
-    arch = compiler.architecture(*torch.cuda.get_device_capability(device))
-    compiled = compiler.compile_kernel(file, expression, arch)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = driver.Kernel.load(
-        compiled.cubin, compiled.name, num_threads=num_threads, shared_bytes=0, device=index
-    )
-    # Now: loading at the first launch may wait for the device, while that waits for a peer.
-    driver.call("cuFuncLoad", kernel.function)
-    return kernel
 
 
 def launch(

@@ -22,6 +22,7 @@ from sglang_tokenweave.copy_lanes import CopyLanes, new_event, new_stream, order
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Plan, Region, Rows, make_plan
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import FP8
+from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.operands import check_tensor
 from sglang_tokenweave.stream_flags import Flags, KernelFlags, MemoryOpFlags
 from sglang_tokenweave.symmetric import PeerMemory
@@ -266,7 +267,9 @@ def _load(layout: Layout, out_dtype: torch.dtype, device: torch.device) -> drive
     variant = add_rmsnorm.choose_variant(
         layout.dtype, out_dtype, layout.world_size, layout.hidden_size
     )
-    return add_rmsnorm.load("add_rmsnorm.cu", variant.expression, variant.num_threads, device)
+    return load_kernel(
+        "add_rmsnorm.cu", variant.expression, device, num_threads=variant.num_threads
+    )
 
 
 def _board(stack: ExitStack) -> Board:

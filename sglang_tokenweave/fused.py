@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from sglang_tokenweave import compiler
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.driver import Kernel, shared_limit_bytes
 from sglang_tokenweave.kernels import FP8, MAX_CTAS, MAX_RANKS, Params, Variant, choose_variant
+from sglang_tokenweave.loading import load_kernel, ordinal
 from sglang_tokenweave.operands import check_tensor
 from sglang_tokenweave.transport import Slot
 
@@ -57,7 +57,7 @@ class FusedOp:
         self._is_multicast = is_multicast
         self._deadline_ns = int(deadline_s * 1e9)
         self._epochs = torch.zeros(NUM_CHANNELS, MAX_CTAS, dtype=torch.int32, device=device)
-        self._shared_limit_bytes = shared_limit_bytes(_ordinal(device))
+        self._shared_limit_bytes = shared_limit_bytes(ordinal(device))
         self._kernels: dict[Variant, Kernel] = {}
 
     def prepare(self, dtype: torch.dtype, hidden_size: int, out: torch.dtype) -> None:
@@ -73,7 +73,13 @@ class FusedOp:
         """
         for variant in self._variants(dtype, hidden_size, out):
             if variant not in self._kernels:
-                self._kernels[variant] = _load(variant, self._device)
+                self._kernels[variant] = load_kernel(
+                    "allreduce_rmsnorm.cu",
+                    variant.expression,
+                    self._device,
+                    num_threads=variant.num_threads,
+                    shared_bytes=variant.shared_bytes,
+                )
 
     def _variants(
         self, dtype: torch.dtype, hidden_size: int, out: torch.dtype
@@ -168,19 +174,3 @@ def choose_grid(
 
 def _addresses(values: Sequence[int]) -> "ctypes.Array[ctypes.c_uint64]":
     return (ctypes.c_uint64 * MAX_RANKS)(*values)
-
-
-def _load(variant: Variant, device: torch.device) -> Kernel:
-    arch = compiler.architecture(*torch.cuda.get_device_capability(device))
-    compiled = compiler.compile_kernel("allreduce_rmsnorm.cu", variant.expression, arch)
-    return Kernel.load(
-        compiled.cubin,
-        compiled.name,
-        num_threads=variant.num_threads,
-        shared_bytes=variant.shared_bytes,
-        device=_ordinal(device),
-    )
-
-
-def _ordinal(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -12,6 +12,7 @@ import torch
 from sglang_tokenweave import add_rmsnorm, driver
 from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Region, peers_of
 from sglang_tokenweave.kernels import MAX_RANKS
+from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.watchdog import Board
 
 _WARP = 32
@@ -49,7 +50,7 @@ class KernelFlags:
         self, layout: Layout, scratch: Region, deadline_s: float, device: torch.device
     ) -> None:
         expression = f"exchange_flags<{_WARP}>"
-        self._kernel = add_rmsnorm.load("exchange_flags.cu", expression, _WARP, device)
+        self._kernel = load_kernel("exchange_flags.cu", expression, device, num_threads=_WARP)
         self._params = {
             (channel, phase): _params(layout, scratch, deadline_s, channel, phase)
             for channel in Channel

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from sglang_tokenweave import deadlines, devices, driver, multicast, sharing, virtual_memory
 from sglang_tokenweave.agreement import DisagreementError, Group, LostRankError, as_group, step
+from sglang_tokenweave.loading import ordinal
 from sglang_tokenweave.sharing import Member
 from sglang_tokenweave.virtual_memory import round_up
 
@@ -47,7 +48,7 @@ class PeerMemory:
         """
         if num_bytes < 1:
             raise ValueError(f"num_bytes is {num_bytes}; it must be at least 1")
-        self._device = torch.device("cuda", _ordinal(device))
+        self._device = torch.device("cuda", ordinal(device))
         self._group = as_group(group, deadlines.SHARING_S)
         self.rank = self._group.rank
         self.addresses: list[int] = []
@@ -158,10 +159,6 @@ class PeerMemory:
             self.multicast_address = multicast.attach(member, memory, self._size, alignment, owned)
         except DisagreementError as error:
             self.why_no_multicast = str(error)
-
-
-def _ordinal(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _as_tensor(address: int, size: int, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from cuda.bindings import driver as real
 
-from sglang_tokenweave import add_rmsnorm, driver, stream_flags
+from sglang_tokenweave import add_rmsnorm, compiler, driver, stream_flags
 from sglang_tokenweave.compiler import Compiled, Resources
 from sglang_tokenweave.kernels import FP8
 
@@ -113,7 +113,7 @@ class Recorder:
         stream = SimpleNamespace(cuda_stream=self.CALLER)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        monkeypatch.setattr(add_rmsnorm.compiler, "compile_kernel", _stub_compile)
+        monkeypatch.setattr(compiler, "compile_kernel", _stub_compile)
 
     def call(self, function, op=0):
         """Enqueue a computation of the caller's own."""

@@ -159,7 +159,7 @@ def _texts(node: ast.expr, names: dict[str, ast.expr]) -> Iterator[str]:
         yield re.sub(r"%[sdrifg]", PLACE, node.value)
     elif isinstance(node, ast.JoinedStr):
         yield "".join(
-            part.value if isinstance(part, ast.Constant) else PLACE  # type: ignore[misc]
+            str(part.value) if isinstance(part, ast.Constant) else PLACE
             for part in node.values
         )
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
