@@ -159,8 +159,7 @@ def _texts(node: ast.expr, names: dict[str, ast.expr]) -> Iterator[str]:
         yield re.sub(r"%[sdrifg]", PLACE, node.value)
     elif isinstance(node, ast.JoinedStr):
         yield "".join(
-            str(part.value) if isinstance(part, ast.Constant) else PLACE
-            for part in node.values
+            str(part.value) if isinstance(part, ast.Constant) else PLACE for part in node.values
         )
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = list(_texts(node.left, names)), list(_texts(node.right, names))
