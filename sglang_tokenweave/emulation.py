@@ -4,6 +4,7 @@ Their CTAs run side by side, so all that they launch together has to fit on the 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.fused import NUM_CHANNELS, SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8
-from sglang_tokenweave.transport import Slot
+from sglang_tokenweave.transport import Pending, Slot, SymmetricBuffer
 
 
 class EmulatedRanks:
@@ -95,3 +96,92 @@ class EmulatedRanks:
 def new_stream() -> torch.cuda.Stream:
     """Return a stream of the current device."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch's gap
+
+
+@dataclass(frozen=True)
+class _AllPending:
+    events: tuple[torch.cuda.Event, ...]
+
+    def wait(self) -> None:
+        """Order the caller's stream behind all ranks'."""
+        for event in self.events:
+            torch.cuda.current_stream().wait_event(event)
+
+
+class EmulatedTransport:
+    """A transport of one process that runs the kernels of several ranks.
+
+    To the weave it is a group of one rank, so that a server without tensor parallelism can use it.
+    Inside, its partial sums are those of rank 0 and the others' are zeros: the sum is that of such
+    a server; kernels, barriers, streams and graphs are those of a server on several GPUs.
+    """
+
+    name = "emulated"
+    rank = 0
+    world_size = 1
+    holds_sms = True
+
+    def __init__(self, num_ranks: int = 2) -> None:
+        """Make streams on the current device: in line and beside a computation, one a rank."""
+        self._num_ranks = num_ranks
+        self._streams = [[_urgent_stream() for _ in range(num_ranks)] for _ in range(NUM_CHANNELS)]
+
+    def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
+        """See `Transport.allocate`."""
+        self._ranks = EmulatedRanks(self._num_ranks, capacity, hidden_size, dtype)
+        for buffer in self._ranks.x:
+            buffer.zero_()
+        # The other ranks' results go elsewhere: their partial sums stay zeros.
+        self._results = [self._ranks.x[0], *self._ranks.other[1:]]
+        return SymmetricBuffer(self._ranks.x[0])
+
+    def allreduce_rmsnorm(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        ctas: int,
+        beside: bool,
+        weight_offset: float = 0.0,
+        out: Slot | None = None,
+    ) -> Pending:
+        """See `Transport.allreduce_rmsnorm`; the ranks share the SMs that one would have.
+
+        Raises:
+            ValueError: a residual is missing, or the result is to go elsewhere.
+        """
+        if residual is None or out is not None:
+            raise ValueError("the emulation sums in place and with a residual")
+        row_bytes = slot.tensor.stride(0) * slot.tensor.itemsize
+        start = (slot.tensor.data_ptr() - self._ranks.x[0].data_ptr()) // row_bytes
+        span = (start, start + slot.num_tokens)
+        streams = self._streams[beside]
+        # By events: SGLang's breakable graphs take other forks for their own.
+        begin = torch.cuda.current_stream().record_event()
+        for rank, stream in enumerate(streams):
+            stream.wait_event(begin)
+            self._ranks.ops[rank].launch(
+                self._ranks.rows(rank, self._ranks.x, *span),
+                self._ranks.rows(rank, self._results, *span),
+                residual[slot.owned_rows(rank, self._num_ranks)],
+                weight,
+                eps,
+                weight_offset,
+                ctas=max(2, ctas // self._num_ranks // 2 * 2),
+                channel=int(beside),
+                stream=stream,
+            )
+        pending = _AllPending(tuple(stream.record_event() for stream in streams))
+        if not beside:
+            pending.wait()
+        return pending
+
+    def close(self) -> None:
+        """Wait for all ranks."""
+        torch.cuda.synchronize()
+
+
+def _urgent_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call] # torch's gap

@@ -71,6 +71,14 @@ HOOKS = (
         why="each half of a batch needs attention metadata of its own",
     ),
     Hook(
+        target=_SRT + "model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        kind="AFTER",
+        handler=install.after_init_cuda_graphs,
+        parameters=("self",),
+        role=Role.WEAVE,
+        why="the woven forward is captured beside SGLang's own graphs",
+    ),
+    Hook(
         target=_SRT + "model_executor.runner.prefill_cuda_graph_runner"
         ".PrefillCudaGraphRunner.can_run_graph",
         kind="AROUND",

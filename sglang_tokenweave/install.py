@@ -1,6 +1,7 @@
 """Decide at load whether this model is woven, and put the woven forward in place if it is."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave import architectures, deadlines, refusals, seams, topology, transports
-from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather
+from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather, step
 from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import Kind, PlanTable
@@ -117,6 +118,45 @@ def after_init_attention_backends(result: None, model_runner: Any) -> None:
     _announce(runtime)
 
 
+def after_init_cuda_graphs(result: None, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Capture the woven forward beside SGLang's own graphs (AFTER hook on `init_cuda_graphs`)."""
+    runtime = state.runtime
+    if runtime is None or not runtime.is_active or model_runner.is_draft_worker:
+        return
+    sizes = runtime.sizes_to_capture(seams.graph_sizes(model_runner))
+    reason = refusals.graph_reason(model_runner.prefill_attention_backend_str)
+    if not runtime.model.place.is_whole:
+        reason = "not with a pipeline"
+    if not sizes or reason:
+        state.notes += (f"CUDA graphs of the weave ({reason or 'stock prefill has none'})",)
+        return
+    free_bytes, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+
+    def capture() -> None:
+        try:
+            backends = [seams.captured_attention_backend(model_runner) for _ in range(2)]
+            with seams.forward_context(model_runner):
+                runtime.capture(sizes, backends)
+        except Exception as error:  # of kernels, allocators and backends alike: weave without
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    try:
+        step("capturing", runtime.model.place.group.cpu_group, capture)
+    except DisagreementError as error:
+        runtime.graphs = None
+        state.notes += (f"CUDA graphs of the weave ({error})",)
+        logger.warning("TokenWeave: no CUDA graphs of the weave: %s", error)
+        return
+    if state.rank == 0:
+        logger.info(
+            "TokenWeave captured %d CUDA graphs of up to %d tokens in %.1f s, %.2f GiB",
+            len(sizes),
+            sizes[-1],
+            time.perf_counter() - began,
+            (free_bytes - torch.cuda.mem_get_info()[0]) / 2**30,
+        )
+
+
 def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool:
     """Keep batches that are planned otherwise away from the stock graph (AROUND hook)."""
     runtime = state.runtime
@@ -124,7 +164,8 @@ def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool
         planned = runtime.plan(forward_batch) if runtime else None
     except UnsplittableError:
         planned = None
-    if planned is not None and planned[1].kind is not Kind.OFF:
+    # Stock's graph of a size that is fused holds the fused op.
+    if planned is not None and planned[1].kind is Kind.WEAVE:
         return False
     return bool(original(runner, forward_batch))
 

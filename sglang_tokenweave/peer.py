@@ -67,6 +67,7 @@ class PeerTransport:
         self._group = group
         self._device = device
         self._engine = engine
+        self.holds_sms = engine == "kernel"
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(

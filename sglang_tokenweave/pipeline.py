@@ -27,6 +27,11 @@ class PipelineStage:
     is_last: bool
     group: Any  # SGLang's GroupCoordinator of the stage's tensor-parallel ranks
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process runs all layers."""
+        return self.is_first and self.is_last
+
     @classmethod
     def of(cls, inner: Any) -> "PipelineStage":
         """Return the place of `inner` (SGLang's `XModel`)."""

@@ -5,11 +5,12 @@ others.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from sglang_tokenweave.waves import LayerShape, best_cut
 
@@ -39,6 +40,15 @@ class Plan:
     ctas: int = 0  # of the communication op beside a computation
     fuse_ctas: int = 0  # of an op that has the stream to itself: FUSE, and a WEAVE's last one
     reason: str = ""  # why less is done than weaving
+    graph_tokens: int = 0  # of the CUDA graph that runs it; 0: launch by launch
+
+
+class GraphShape(NamedTuple):
+    """What a CUDA graph of the woven forward can run."""
+
+    num_tokens: int  # at most
+    cut: int  # at least one token more
+    num_requests: int  # at most
 
 
 @dataclass(frozen=True)
@@ -190,6 +200,38 @@ def plan_batch(
     return _plan(batch, table, layer, num_sms, align)
 
 
+def plan_unsplit(mode: Mode, num_tokens: int, table: PlanTable) -> Plan:
+    """Plan a batch that cannot be cut: it is fused or left alone."""
+    row = table.lookup(mode, num_tokens, weave=False)
+    if row is not None and row.kind is Kind.FUSE:
+        return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas)
+    return Plan(Kind.OFF, reason=_why_off(row, mode))
+
+
+def choose_graph(batch: BatchShape, plan: Plan, graphs: Sequence[GraphShape]) -> Plan:
+    """Let a CUDA graph run a woven prefill: the smallest one that holds it, at that one's cut.
+
+    Where there are graphs, launches one by one are too slow for sizes up to theirs: a batch that no
+    graph holds is left to stock, whose own graphs hold it. Larger ones launch one by one, as stock
+    does.
+
+    Args:
+        batch: the batch.
+        plan: what `plan_batch` says of it.
+        graphs: what was captured, in order of size; empty: nothing was.
+    """
+    if plan.kind is not Kind.WEAVE or batch.mode is Mode.DECODE or not graphs:
+        return plan
+    if batch.num_tokens > graphs[-1].num_tokens:
+        return plan
+    graph = next(graph for graph in graphs if batch.num_tokens <= graph.num_tokens)
+    if batch.num_tokens <= graph.cut:
+        return Plan(Kind.OFF, reason="too few tokens for the second half of a woven graph")
+    if len(batch.lengths) > graph.num_requests:
+        return Plan(Kind.OFF, reason="more requests than a woven graph holds")
+    return replace(plan, cut=graph.cut, graph_tokens=graph.num_tokens)
+
+
 def where_cut(batch: BatchShape, cut: int) -> Literal["inside", "between"]:
     """Say whether a cut falls inside a request or between two.
 
@@ -214,9 +256,11 @@ def _plan(batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, 
         row = table.lookup(batch.mode, batch.num_tokens, weave=False)
     if row is not None and row.kind is Kind.FUSE:
         return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas, reason=reason)
-    if not reason:
-        reason = "off in the table" if row else f"smaller than any {batch.mode} row of the table"
-    return Plan(Kind.OFF, reason=reason)
+    return Plan(Kind.OFF, reason=reason or _why_off(row, batch.mode))
+
+
+def _why_off(row: PlanRow | None, mode: Mode) -> str:
+    return "off in the table" if row else f"smaller than any {mode} row of the table"
 
 
 def _cut(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, align: int) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 ATTENTION_BACKENDS = frozenset(
     {"fa3", "fa4", "flashinfer", "triton", "trtllm_mha", "torch_native", "intel_amx"}
 )
+# Of those, the ones that a woven CUDA graph may hold: their metadata stay where they are.
+GRAPH_ATTENTION_BACKENDS = frozenset({"fa3"})
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,11 @@ def attention_reason(backends: set[str]) -> str | None:
         return None
     allowed = ", ".join(sorted(ATTENTION_BACKENDS))
     return f"attention backend {', '.join(unknown)} is not supported; supported: {allowed}"
+
+
+def graph_reason(backend: str) -> str | None:
+    """Return why a CUDA graph cannot hold a woven forward with this attention backend, or None."""
+    if backend in GRAPH_ATTENTION_BACKENDS:
+        return None
+    allowed = ", ".join(sorted(GRAPH_ATTENTION_BACKENDS))
+    return f"attention backend {backend} is not captured; captured: {allowed}"

@@ -9,6 +9,7 @@ from typing import Any
 from sglang_tokenweave import __version__
 from sglang_tokenweave.install import State, state
 from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -43,19 +44,23 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
     if state.runtime is None or not state.is_active:
         return
     stats = state.runtime.stats
-    if stats.num_batches == _reporter.num_batches:
-        _count_stock(stats, batch)  # it ran by SGLang's own loop or graph
+    if stats.num_batches == _reporter.num_batches:  # it ran by SGLang's own loop or graph
+        _count_stock(state.runtime, batch, in_graph=getattr(result, "can_run_cuda_graph", False))
     _reporter.num_batches = stats.num_batches
     if state.rank == 0:
         _reporter.publish(stats, getattr(scheduler, "metrics_collector", None))
         _reporter.log(stats, state.config.log_interval)
 
 
-def _count_stock(stats: Stats, batch: Any) -> None:
+def _count_stock(runtime: Runtime, batch: Any, *, in_graph: bool) -> None:
     if batch.forward_mode.is_decode():
-        stats.count(Mode.DECODE, Kind.OFF, len(batch.reqs))
+        mode, num_tokens = Mode.DECODE, len(batch.reqs)
     elif batch.forward_mode.is_extend():
-        stats.count(Mode.PREFILL, Kind.OFF, sum(batch.extend_lens))
+        mode, num_tokens = Mode.PREFILL, sum(batch.extend_lens)
+    else:
+        return
+    kind = runtime.kind_in_graph(mode, num_tokens) if in_graph else Kind.OFF
+    runtime.stats.count(mode, kind, num_tokens)
 
 
 class _Reporter:

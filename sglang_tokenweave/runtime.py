@@ -1,7 +1,7 @@
 """The woven forward of one model in one worker process: plan, split, run, count."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +12,19 @@ import torch
 from sglang_tokenweave import architectures, pipeline, seams, weave
 from sglang_tokenweave.agreement import Group, compare
 from sglang_tokenweave.architectures import Architecture
+from sglang_tokenweave.graphs import WovenGraphs
 from sglang_tokenweave.pipeline import PipelineStage
-from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan, PlanTable, plan_batch, where_cut
-from sglang_tokenweave.reference import rmsnorm
+from sglang_tokenweave.plan import (
+    BatchShape,
+    Kind,
+    Mode,
+    Plan,
+    PlanTable,
+    choose_graph,
+    plan_batch,
+    plan_unsplit,
+    where_cut,
+)
 from sglang_tokenweave.split import UnsplittableError, check_fields, cut_batch, lengths_of
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
@@ -22,6 +32,9 @@ from sglang_tokenweave.waves import LayerShape
 from sglang_tokenweave.weave import Half, Stage
 
 logger = logging.getLogger(__name__)
+
+# GEMMs take steps of so many rows: a first half that ends between two pays for the next one.
+_GRAPH_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,34 @@ class Runtime:
         self._checked = checked
         self.stats = Stats()
         self.is_active = False  # until the attention backends of the halves exist
+        self.graphs: WovenGraphs | None = None
+        self._captured: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own graphs, by tokens
         self._backends: tuple[Any, ...] = ()
 
     def activate(self, backends: tuple[Any, Any]) -> None:
         """Start weaving with an attention backend for each half."""
         self._backends = backends
         self.is_active = True
+
+    def sizes_to_capture(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return which numbers of tokens are woven: for them a graph is worth its memory."""
+        return tuple(size for size in sizes if self._plan_to_capture(size).kind is Kind.WEAVE)
+
+    def capture(self, sizes: Sequence[int], backends: Sequence[Any]) -> None:
+        """Capture the woven forward for batches of up to these numbers of tokens."""
+        layer = self.model.inner.layers[self.model.inner.start_layer]
+        attention = getattr(layer, self.model.architecture.attention)
+        columns = attention.o_proj.input_size_per_partition
+        graphs = WovenGraphs(self.weave, self.transport, self.buffer, backends, columns)
+        graphs.capture((size, self._plan_to_capture(size)) for size in sizes)
+        self.graphs = graphs
+
+    def _plan_to_capture(self, num_tokens: int) -> Plan:
+        shape = BatchShape(Mode.PREFILL, (num_tokens,))
+        align = _GRAPH_ROWS if num_tokens >= 4 * _GRAPH_ROWS else 1
+        if num_tokens > self.buffer.capacity:
+            return Plan(Kind.OFF)
+        return plan_batch(shape, self.table, self.model.layer, self.model.num_sms, align=align)
 
     def plan(self, batch: Any) -> tuple[BatchShape, Plan] | None:
         """Plan a ForwardBatch from what all ranks know alike; None: not a batch of ours."""
@@ -74,6 +109,8 @@ class Runtime:
             return None
         shape = BatchShape(mode, lengths)
         plan = plan_batch(shape, self.table, self.model.layer, self.model.num_sms)
+        if self.graphs is not None:
+            plan = choose_graph(shape, plan, self.graphs.shapes)
         if plan.kind is not Kind.OFF and shape.num_tokens > self.buffer.capacity:
             raise UnsplittableError("batch exceeds the symmetric buffer")
         return shape, plan
@@ -99,7 +136,11 @@ class Runtime:
             )
 
         if seams.graph_owns_forward():
-            return stock()
+            plan = self._plan_in_graph(forward_batch, input_ids.shape[0])
+            if plan.kind is Kind.OFF or input_embeds is not None:
+                return stock()
+            inputs = self._first_inputs(input_ids, pp_proxy_tensors)
+            return self._finish(forward_batch, self._run(*inputs, (forward_batch,), plan))
         decided = self._decide(forward_batch, input_embeds)
         if self._checked is not None:
             # A rank that went its own way would wait for the others, and they for it.
@@ -109,18 +150,35 @@ class Runtime:
             return stock()
         shape, plan, parts = decided
         try:
-            hidden_states, residual = self._first_inputs(input_ids, pp_proxy_tensors)
+            inputs = self._first_inputs(input_ids, pp_proxy_tensors)
         except UnsplittableError as error:
             self._fall_back(str(error))
             return stock()
         self._count(shape, plan)
-        halves = self._run(hidden_states, residual, parts, plan)
+        return self._finish(forward_batch, self._run(*inputs, parts, plan))
+
+    def _finish(self, batch: Any, halves: tuple[Half, ...]) -> Any:
         if not self.model.place.is_last:
             handed_over = pipeline.hand_over(self.buffer, halves, self.model.place.group)
             return seams.pipeline_proxy(*handed_over)
-        output = self.buffer.slot(0, shape.num_tokens).tensor
+        output = self.buffer.slot(0, batch.input_ids.shape[0]).tensor
         # The buffer is written again by the next batch; captured states outlive this one.
-        return output.clone() if forward_batch.capture_hidden_mode.need_capture() else output
+        return output.clone() if batch.capture_hidden_mode.need_capture() else output
+
+    def _plan_in_graph(self, batch: Any, num_tokens: int) -> Plan:
+        """Plan what SGLang captures in a graph of its own: there a batch cannot be cut."""
+        mode = _mode_of(batch)
+        is_ours = self.is_active and mode is not None and self.model.place.is_whole
+        if mode is None or not is_ours or num_tokens > self.buffer.capacity:
+            return Plan(Kind.OFF)
+        plan = plan_unsplit(mode, num_tokens, self.table)
+        self._captured[mode, num_tokens] = plan.kind
+        return plan
+
+    def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
+        """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""
+        sizes = [size for of, size in self._captured if of is mode and size >= num_tokens]
+        return self._captured[mode, min(sizes)] if sizes else Kind.OFF
 
     def _decide(
         self, batch: Any, input_embeds: torch.Tensor | None
@@ -170,16 +228,26 @@ class Runtime:
         parts: tuple[Any, ...],
         plan: Plan,
     ) -> tuple[Half, ...]:
-        norm = self.model.first_norm
-        normalised, total = rmsnorm(hidden_states, residual, norm.weight, norm.variance_epsilon)
+        if residual is None:
+            residual, normalised = hidden_states, self.model.first_norm(hidden_states)
+        else:  # in place, on some devices
+            normalised, residual = self.model.first_norm(hidden_states, residual)
         self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
-        halves = self._halves(total.to(hidden_states.dtype), parts)
+        if plan.graph_tokens:
+            assert self.graphs is not None
+            self.graphs.replay(plan, parts, residual)
+            return ()
+        halves = self._halves(residual, parts)
+        self.weave(halves, plan)
+        return halves
+
+    def weave(self, halves: Sequence[Half], plan: Plan) -> None:
+        """Take halves through all layers: from normalised rows in their slots to such again."""
         with (
             seams.partial_sums(),
             architectures.own_reductions_left_out(self.model.architecture, self.model.inner),
         ):
             weave.run(self.model.stages, halves, plan, self.transport)
-        return halves
 
     def _halves(self, residual: torch.Tensor, parts: tuple[Any, ...]) -> tuple[Half, ...]:
         halves = []

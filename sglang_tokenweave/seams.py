@@ -113,6 +113,77 @@ def new_attention_backend(model_runner: Any) -> Any:
     return backend
 
 
+def prefill_batch(
+    *,
+    slots: int,
+    prefix: int,
+    positions: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    attention_output: torch.Tensor,
+) -> Any:
+    """Return a ForwardBatch of one request, to capture with; the other slots have no tokens.
+
+    Args:
+        slots: requests that the attention metadata has room for.
+        prefix: tokens of the request that come before these.
+        positions: `[num_tokens]` int64.
+        out_cache_loc: `[num_tokens]` int64, where keys and values go.
+        attention_output: `[num_tokens, columns]`, where attention writes.
+    """
+    module = importlib.import_module(_SRT + "model_executor.forward_batch_info")
+    num_tokens = positions.shape[0]
+    prefixes = [prefix, *(slots - 1) * [0]]
+    lengths = [num_tokens, *(slots - 1) * [0]]
+    ends = torch.tensor([prefix + num_tokens, *(slots - 1) * [0]])
+    mode = module.ForwardMode.EXTEND
+    return module.ForwardBatch(
+        forward_mode=mode,
+        global_forward_mode=mode,
+        batch_size=slots,
+        input_ids=torch.zeros_like(positions),
+        req_pool_indices=torch.zeros(slots, dtype=torch.int64, device=positions.device),
+        seq_lens=ends.to(positions.device),
+        seq_lens_cpu=ends,
+        seq_lens_sum=prefix + num_tokens,
+        out_cache_loc=out_cache_loc,
+        positions=positions,
+        extend_num_tokens=num_tokens,
+        extend_seq_lens=torch.tensor(lengths, device=positions.device),
+        extend_seq_lens_cpu=lengths,
+        extend_prefix_lens=torch.tensor(prefixes, device=positions.device),
+        extend_prefix_lens_cpu=prefixes,
+        capture_hidden_mode=module.CaptureHiddenMode.NULL,
+        _attn_output=attention_output,
+    )
+
+
+def forward_context(model_runner: Any) -> Any:
+    """Return the context of a forward pass outside of any, as SGLang's runners make it."""
+    module, _ = _forward_context()
+    return module.forward_context(module.ForwardContext(attn_backend=model_runner.attn_backend))
+
+
+def graph_sizes(model_runner: Any) -> tuple[int, ...]:
+    """Return the tokens that SGLang's own prefill graphs are for; empty if it has none."""
+    return tuple(getattr(model_runner.prefill_cuda_graph_runner, "capture_num_tokens", ()))
+
+
+def graph_pool() -> Any:
+    """Return the memory pool of SGLang's graphs: one graph runs at a time, so ours share it."""
+    pool = "model_executor.runner_utils.pool:get_or_create_global_graph_memory_pool"
+    return _resolve(pool)(torch.cuda)
+
+
+def captured_attention_backend(model_runner: Any) -> Any:
+    """Create an attention backend whose calls are captured in CUDA graphs."""
+    backend = new_attention_backend(model_runner)
+    if hasattr(backend, "num_splits"):
+        # FA3 would split the keys by the longest request there can be, not by those there are:
+        # twice as slow where heads are few.
+        backend.num_splits = 1
+    return backend
+
+
 def graph_owns_forward() -> bool:
     """Whether a CUDA graph is being captured or a prefill graph runner drives this call.
 

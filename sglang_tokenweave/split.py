@@ -29,7 +29,18 @@ REQUEST_FIELDS = frozenset(
         "rids",
     }
 )
-# Set anew for each half, in `_Cutter`.
+# Of those, what attention metadata is made of.
+METADATA_FIELDS = frozenset(
+    {
+        "req_pool_indices",
+        "req_pool_indices_cpu",
+        "seq_lens",
+        "seq_lens_cpu",
+        "extend_seq_lens",
+        "extend_prefix_lens",
+    }
+)
+# Set anew for each half, in `_computed`.
 COMPUTED_FIELDS = frozenset(
     {
         "batch_size",
@@ -167,6 +178,20 @@ def check_fields(batch: Any) -> None:
     for field in dataclasses.fields(batch):
         if field.name not in _KNOWN and not _is_default(getattr(batch, field.name), field):
             raise UnsplittableError(f"field {field.name}")
+
+
+def pad_requests(batch: Any, slots: int) -> Any:
+    """Return a prefill batch with requests of no tokens behind its own, `slots` in all.
+
+    Only what attention metadata is made of is padded.
+    """
+    padded = copy.copy(batch)
+    padded.batch_size = slots
+    for name in METADATA_FIELDS & {field.name for field in dataclasses.fields(batch)}:
+        value = getattr(batch, name)
+        if isinstance(value, torch.Tensor):
+            setattr(padded, name, torch.nn.functional.pad(value, (0, slots - value.shape[0])))
+    return padded
 
 
 def _is_default(value: Any, field: Any) -> bool:

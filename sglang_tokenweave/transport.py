@@ -98,6 +98,7 @@ class Transport(Protocol):
     name: str
     rank: int
     world_size: int
+    holds_sms: bool  # the op beside a computation holds an SM for each of its CTAs
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer of `capacity` rows; a collective call.

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from sglang_tokenweave.plan import (
     BatchShape,
+    GraphShape,
     Kind,
     Mode,
     Plan,
     PlanRow,
     PlanTable,
+    choose_graph,
     plan_batch,
+    plan_unsplit,
     where_cut,
 )
 from sglang_tokenweave.waves import GemmShape, LayerShape, best_cut, dense_layer
@@ -287,3 +290,53 @@ def test_two_processes_plan_alike():
     assert outputs[0] == outputs[1]
     for kind in Kind:
         assert f"<Kind.{kind.name}:" in outputs[0], "the sample must contain every kind of plan"
+
+
+GRAPHS = (GraphShape(1024, 512, 4), GraphShape(2048, 1024, 4), GraphShape(4096, 2048, 4))
+
+
+def graph_plan(*lengths, graphs=GRAPHS, mode=Mode.PREFILL):
+    batch = BatchShape(mode, lengths)
+    return choose_graph(batch, plan_batch(batch, WEAVE_ALL, LAYER, 132), graphs)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "graph_tokens", "cut"),
+    [(513, 1024, 512), (1024, 1024, 512), (1025, 2048, 1024), (4096, 4096, 2048)],
+)
+def test_the_smallest_graph_that_holds_a_batch_runs_it_at_its_own_cut(
+    num_tokens, graph_tokens, cut
+):
+    assert graph_plan(num_tokens) == Plan(Kind.WEAVE, cut, 4, 12, graph_tokens=graph_tokens)
+
+
+def test_what_no_graph_holds_is_left_to_stock_up_to_the_largest():
+    assert graph_plan(512).kind is Kind.OFF  # nothing would be left for the second half
+    assert graph_plan(*5 * [200]).reason == "more requests than a woven graph holds"
+    assert graph_plan(*4 * [250]).graph_tokens == 1024
+
+
+def test_batches_larger_than_every_graph_and_decodes_go_without():
+    assert graph_plan(4097) == graph_plan(4097, graphs=())
+    assert graph_plan(4097).graph_tokens == 0
+    assert graph_plan(*600 * [1], mode=Mode.DECODE).graph_tokens == 0
+
+
+@given(long_batches | small_batches, tables)
+@settings(deadline=None)
+def test_a_graph_changes_nothing_but_a_woven_plan(batch, table):
+    plan = plan_batch(batch, table, LAYER, 132)
+    chosen = choose_graph(batch, plan, GRAPHS)
+    if plan.kind is not Kind.WEAVE or batch.num_tokens > 4096:
+        assert chosen == plan
+    elif chosen.kind is Kind.WEAVE:
+        assert chosen.cut < batch.num_tokens <= chosen.graph_tokens
+
+
+@given(st.sampled_from(Mode), st.integers(1, 100), tables)
+def test_an_unsplit_batch_is_never_woven(mode, num_tokens, table):
+    plan = plan_unsplit(mode, num_tokens, table)
+    row = table.lookup(mode, num_tokens, weave=False)
+    fuses = row is not None and row.kind is Kind.FUSE
+    assert plan.kind is (Kind.FUSE if fuses else Kind.OFF)
+    assert plan.fuse_ctas == (row.fuse_ctas if fuses else 0)

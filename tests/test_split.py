@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tokenweave.split import UnsplittableError, cut_batch, spans
+from sglang_tokenweave.split import UnsplittableError, cut_batch, pad_requests, spans
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(
     lambda lengths: sum(lengths) >= 2
@@ -189,3 +189,17 @@ def test_entries_of_none_are_no_surprise():
     batch = make_batch([4, 6], [0, 0])
     batch.mm_inputs = [None, None]
     assert cut_batch(batch, 5)[0].batch_size == 2
+
+
+@given(lengths_strategy, st.data())
+def test_padding_adds_requests_of_no_tokens(lengths, data):
+    batch = make_batch(lengths, [3] * len(lengths))
+    cut = data.draw(st.integers(1, sum(lengths) - 1))
+    for part in cut_batch(batch, cut):
+        padded = pad_requests(part, 16)
+        assert padded.batch_size == 16
+        for name in ("seq_lens", "seq_lens_cpu", "extend_seq_lens", "extend_prefix_lens"):
+            value = getattr(padded, name)
+            assert value.tolist() == getattr(part, name).tolist() + [0] * (16 - part.batch_size)
+        assert padded.positions is part.positions
+        assert part.batch_size == len(part.seq_lens)  # the part itself is as it was

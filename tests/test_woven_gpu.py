@@ -1,0 +1,187 @@
+"""The woven forward in CUDA graphs, in a real SGLang on one GPU: the other ranks are emulated."""
+
+import math
+import random
+
+import pytest
+import torch
+from server import Server
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MODEL = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "head_dim": 128,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+}
+SIZES = (128, 256, 512, 1024, 2048)
+FLAGS = (
+    *("--device", "cuda", "--dtype", "bfloat16", "--attention-backend", "fa3"),
+    *("--max-total-tokens", "65536", "--chunked-prefill-size", str(SIZES[-1])),
+    *("--mem-fraction-static", "0.5", "--cuda-graph-bs-decode", "1", "2", "4", "8", "16"),
+    *("--cuda-graph-bs-prefill", *map(str, SIZES)),
+)
+WEAVE = ("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "200")
+FUSE = (
+    *("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "100000"),
+    *("--tokenweave-fuse-min-tokens", "1"),
+)
+# The prompts whose log probabilities are compared: one inside a size, one that fills it, the
+# fewest tokens of a size, several requests, more than one chunk.
+PROMPTS = ([300], [1024], [257], [7, 400, 1, 90, 333], [2500])
+PREFIX = 600
+NEXT = 100  # tokens, of which the next one's log probability is asked
+
+EMULATION = """
+def register():
+    from sglang_tokenweave import refusals, transports
+    from sglang_tokenweave.emulation import EmulatedTransport
+
+    find = refusals.find
+    refusals.find = lambda *arguments: tuple(
+        reason for reason in find(*arguments) if "tensor parallel size is 1" not in reason
+    )
+    transports.reasons = lambda *arguments: ()
+    transports.create = lambda *arguments, **options: EmulatedTransport()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from sglang_tokenweave.tiny_model import make_tiny_model
+
+    return make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama", "bfloat16", **MODEL)
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    """Return folders that make SGLang load the emulated transport as a plugin, after ours."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "zz_emulation.py").write_text(EMULATION)
+    metadata = folder / "zz_emulation-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-emulation\nVersion: 0\n")
+    entry = "[sglang.srt.plugins]\nzz_emulation = zz_emulation:register\n"
+    (metadata / "entry_points.txt").write_text(entry)
+    return [folder]
+
+
+def server(model, launcher, flags=(), pythonpath=()):
+    # The harness' own are those of a server on a CPU.
+    environment = {"SGLANG_USE_CPU_ENGINE": "0"}
+    return Server(
+        model,
+        tp=1,
+        flags=(*FLAGS, *flags),
+        launcher=launcher,
+        pythonpath=pythonpath,
+        environment=environment,
+    )
+
+
+def token_ids(seed, count):
+    draw = random.Random(seed)
+    return [draw.randrange(3, 1000) for _ in range(count)]
+
+
+def prompts():
+    lengths = [length for batch in PROMPTS for length in batch]
+    return [token_ids(seed, length) for seed, length in enumerate(lengths)]
+
+
+def ask_all(server):
+    """Return log probabilities: of each prompt's tokens but the first, then behind a prefix."""
+    found, rest = [], prompts()
+    for batch in PROMPTS:
+        ids, rest = rest[: len(batch)], rest[len(batch) :]
+        answers = ask(server, ids, return_logprob=True, logprob_start_len=0)
+        metas = [answer["meta_info"] for answer in answers]
+        found += [[entry[0] for entry in meta["input_token_logprobs"]][1:] for meta in metas]
+    return [*found, behind_prefix(server)]
+
+
+def behind_prefix(server):
+    """Return the next token's log probabilities where the cache holds the prompt's beginning."""
+    ids = prompt_with_prefix()
+    ask(server, [ids[:PREFIX]])
+    options = {"return_logprob": True, "token_ids_logprob": list(range(NEXT))}
+    (answer,) = ask(server, [ids], **options)
+    assert answer["meta_info"]["cached_tokens"] >= PREFIX - 1
+    return [entry[0] for entry in answer["meta_info"]["output_token_ids_logprobs"][0]]
+
+
+def ask(server, ids, **options):
+    sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    return server.generate(input_ids=ids, sampling_params=sampling, **options)
+
+
+def prompt_with_prefix():
+    return token_ids(99, PREFIX + 700)
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    with server(model, "stock") as running:
+        return ask_all(running)
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """Log probabilities in float32, of the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda()
+
+    def logprobs(ids):
+        with torch.no_grad():
+            return network(torch.tensor([ids], device="cuda")).logits[0].log_softmax(-1)
+
+    found = []
+    for ids in prompts():
+        following = torch.tensor(ids[1:], device="cuda")[:, None]
+        found.append(logprobs(ids)[:-1].gather(-1, following)[:, 0].tolist())
+    return [*found, logprobs(prompt_with_prefix())[-1, :NEXT].tolist()]
+
+
+def rms(found, reference):
+    differences = [
+        a - b for rows in zip(found, reference, strict=True) for a, b in zip(*rows, strict=True)
+    ]
+    assert all(map(math.isfinite, differences))
+    return math.sqrt(sum(each**2 for each in differences) / len(differences))
+
+
+def is_as_exact(found, stock, reference):
+    """Whether an error against float32 is no larger than stock's.
+
+    Both round to bfloat16 in the same places, but one: the sum over the ranks stays float32 up to
+    the norm. 5 % is what a few thousand tokens leave to chance.
+    """
+    return rms(found, reference) <= 1.05 * rms(stock, reference)
+
+
+def test_woven_graphs_are_as_exact_as_stock(model, emulation, stock, reference):
+    with server(model, "tokenweave", (*WEAVE, "--tokenweave-strict"), emulation) as running:
+        found = ask_all(running)
+        state, log = running.tokenweave(), running.log()
+    assert "TokenWeave captured 4 CUDA graphs of up to 2048 tokens" in log
+    assert state["notes"] == []
+    assert state["batches"]["prefill"]["weave"] >= len(PROMPTS)
+    assert state["cuts"]["inside"] > 0
+    assert state["fallbacks"] == {}
+    assert is_as_exact(found, stock, reference)
+
+
+def test_the_fused_op_runs_in_stock_graphs(model, emulation, stock, reference):
+    with server(model, "tokenweave", (*FUSE, "--tokenweave-strict"), emulation) as running:
+        found = ask_all(running)
+        state, log = running.tokenweave(), running.log()
+    assert "cuda graph: True" in log
+    assert state["batches"]["prefill"]["fuse"] >= len(PROMPTS)
+    assert state["batches"]["decode"]["fuse"] > 0
+    assert is_as_exact(found, stock, reference)
