@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 PLACE = "…"
 _PYTHON = ("sglang_tokenweave/**/*.py", "launch/**/*.py", "patches/apply.py")
+_NO_MESSAGES = ("timeline/page.py", "timeline/words.py")  # a page, and what is said of a profile
 _SHELL = ("launch/**/*.sh",)
 _DEVICE = ("cuda/*.cu", "cuda/*.cuh")
 # Calls that tell people something, by the name of the function or method.
@@ -50,6 +51,7 @@ def messages() -> dict[str, str]:
         for patterns, read in readers
         for pattern in patterns
         for path in sorted(ROOT.glob(pattern))
+        if not path.as_posix().endswith(_NO_MESSAGES)
         for message in read(path.read_text())
     }
 
