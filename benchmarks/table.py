@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.roles import Role, by_size, fastest, shapes
+from benchmarks.roles import Role, by_size, ctas, fastest, shapes
 from benchmarks.schema import BENCHES, Meta, Result, Row
 
 SMOKE = "SMOKE TEST: ranks shared a GPU. These times mean nothing; only that everything ran."
@@ -22,7 +22,8 @@ def text(result: Result) -> str:
     if result.bench == "op":
         parts += [_shape(result, shape) for shape in shapes(result)]
     else:
-        parts += ["\n".join(_plain(result))]
+        lines = _by_ctas(result) if result.bench == "one_gpu" else _plain(result)
+        parts += ["\n".join(lines)]
     parts += [_absent(result.meta)]
     return "\n\n".join(part for part in parts if part)
 
@@ -81,6 +82,21 @@ def _plain(result: Result) -> list[str]:
         for row in result.rows
     ]
     return markdown(("shape", "tokens", "variant", "us", *extra), cells)
+
+
+def _by_ctas(result: Result) -> list[str]:
+    """Return microseconds with a column for each number of thread blocks."""
+    counts = sorted({ctas(row.variant) or 0 for row in result.rows})
+    lines: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in result.rows:
+        what = row.variant.partition("/")[0]
+        line = lines.setdefault((row.shape, str(row.tokens), what), {})
+        line[ctas(row.variant) or 0] = row
+    cells = [
+        [*names, *(f"{line[c].time_us:.1f}" if c in line else "-" for c in counts)]
+        for names, line in lines.items()
+    ]
+    return markdown(("shape", "tokens", "what", *(f"{c} CTAs us" for c in counts)), cells)
 
 
 def _named(row: Row | None) -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measured import GEMM_TOKENS, GEMM_US
 from sglang_tokenweave import waves as model
 from sglang_tokenweave.waves import (
     GemmShape,
@@ -25,23 +26,6 @@ LLAMA_70B_TP2 = dense_layer(8192, 64, 8, 128, 28672, 2)
 LLAMA_70B_TP8 = dense_layer(8192, 64, 8, 128, 28672, 8)
 QWEN_30B_TP2 = moe_layer(dense_layer(2048, 32, 4, 128, 768, 2), experts=128, top_k=8)
 LAYERS = (LLAMA_8B_TP2, LLAMA_70B_TP2, LLAMA_70B_TP8, QWEN_30B_TP2)
-
-# Microseconds of bf16 GEMMs alone on an H200 (torch 2.11, cuBLAS 13.1) by (k, n), at 256, 512,
-# 1024, 2048 and 4096 tokens: what the formula was fitted on.
-MEASURED_US = {
-    (8192, 1280): (16, 22, 31, 56, 108),
-    (1024, 8192): (10, 15, 27, 52, 99),
-    (8192, 7168): (47, 82, 171, 303, 619),
-    (3584, 8192): (26, 43, 80, 160, 315),
-    (4096, 3072): (15, 20, 36, 68, 134),
-    (2048, 4096): (10, 14, 25, 47, 93),
-    (4096, 14336): (48, 91, 156, 315, 643),
-    (7168, 4096): (28, 43, 78, 152, 309),
-    (8192, 5120): (40, 62, 112, 218, 443),
-    (4096, 8192): (29, 48, 90, 181, 362),
-    (8192, 28672): (181, 313, 622, 1259, 2581),
-    (14336, 8192): (88, 154, 302, 600, 1279),
-}
 
 dense_gemms = st.builds(
     GemmShape, name=st.just("dense"), n=st.integers(1, 6000), k=st.sampled_from((64, 1024, 8192))
@@ -193,8 +177,8 @@ def test_cut_leaves_the_middle_only_for_the_rule():
 def test_prediction_agrees_with_the_measurements_it_is_fitted_on():
     errors = [
         abs(predicted_us(GemmShape("g", n=n, k=k), num_tokens, 132) / measured - 1)
-        for (k, n), row in MEASURED_US.items()
-        for num_tokens, measured in zip((256, 512, 1024, 2048, 4096), row, strict=True)
+        for (k, n), row in GEMM_US.items()
+        for num_tokens, measured in zip(GEMM_TOKENS, row, strict=True)
     ]
     # The figures of the docstring; the fit itself had 3.2 %, on kernels known by name.
     assert statistics.median(errors) < 0.035

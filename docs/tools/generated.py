@@ -11,15 +11,27 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks are not installed
 
 import compatibility
+import results
 
+from benchmarks import predict
 from sglang_tokenweave.config import TokenWeaveConfig, flag
 
 DOCS = Path(__file__).resolve().parents[1]
 PARTS = {
     "tuning.md": ("options",),
     "compatibility.md": ("provenance", "models", "features", "variants", "refusals"),
+    "results.md": ("measured", "not-measured"),
+    "predictions.md": (
+        "constants",
+        "errors-own",
+        "errors-ops",
+        "errors-prefill",
+        "prefill",
+        "predictions",
+    ),
 }
 
 
@@ -28,7 +40,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
     check = parser.parse_args(argv).check
-    parts = {"options": options(), **compatibility.parts()}
+    parts = {
+        "options": options(),
+        **compatibility.parts(),
+        **results.parts(),
+        **predict.parts(),
+    }
     old = []
     for name, names in PARTS.items():
         page = DOCS / name

@@ -1,0 +1,137 @@
+"""Hold the model against what was measured: TokenWeave's published figures, and our own."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks import model, published
+from benchmarks.measured import GEMM_TOKENS, GEMM_US
+from benchmarks.model import H100, LLAMA_70B, MIXTRAL, QWEN_72B, Setting
+from benchmarks.roles import ctas
+from benchmarks.schema import load
+from sglang_tokenweave.waves import GemmShape, predicted_us
+
+MODELS = {each.name: each for each in (LLAMA_70B, QWEN_72B, MIXTRAL)}
+_HIDDEN = 8192
+
+
+@dataclass(frozen=True)
+class Check:
+    """One prediction, and what was measured."""
+
+    what: str  # a quantity in one setting
+    where: str  # the point
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far off the predictions of one quantity are."""
+
+    what: str
+    points: int
+    median: float  # of sizes
+    bias: float  # median with its sign
+    worst: Check
+
+
+def errors(checks: Sequence[Check]) -> list[Error]:
+    """Summarise by quantity, in the order in which they come."""
+    grouped: dict[str, list[Check]] = {}
+    for check in checks:
+        grouped.setdefault(check.what, []).append(check)
+    return [
+        Error(
+            what,
+            len(group),
+            statistics.median(abs(check.error) for check in group),
+            statistics.median(check.error for check in group),
+            max(group, key=lambda check: abs(check.error)),
+        )
+        for what, group in grouped.items()
+    ]
+
+
+def prefill() -> list[Check]:
+    """Compare with figures 11a and 11b: milliseconds of a whole prompt, and ratios of them."""
+    found: list[Check] = []
+    for (name, ranks), rows in published.PREFILL_MS.items():
+        for tokens, row in zip(published.TOKENS, rows, strict=True):
+            found += _prefill(name, ranks, tokens, row)
+    order = {what: index for index, what in enumerate(sorted({c.what for c in found}, key=_rank))}
+    return sorted(found, key=lambda check: order[check.what])
+
+
+def _prefill(name: str, ranks: int, tokens: int, row: published.Prefill) -> Iterator[Check]:
+    setting = Setting(MODELS[name], H100, ranks, multicast=True)
+    times, layers = model.layer_times(setting, tokens), setting.model.layers / 1e3
+    kind = "dense" if setting.model.experts == 1 else "experts"
+    pairs = {
+        "stock": (layers * times.stock, row.stock),
+        "no-comm": (layers * times.no_comm, row.no_comm),
+        "weave": (layers * times.weave, row.weave),
+        "stock / no-comm": (times.stock / times.no_comm, row.stock / row.no_comm),
+        "stock / weave": (times.stock / times.weave, row.stock / row.weave),
+    }
+    for what, (predicted, measured) in pairs.items():
+        where = f"{name}, {tokens} tokens"
+        yield Check(f"{what}, TP={ranks}, {kind}", where, predicted, measured)
+
+
+def _rank(what: str) -> tuple[bool, bool, str]:
+    """Dense before experts, times before ratios."""
+    return "experts" in what, "/" in what, what
+
+
+def ops() -> list[Check]:
+    """Compare with figures 4 and 10: microseconds of the parts of one op on 8 H100."""
+    found = []
+    setting = Setting(LLAMA_70B, H100, 8, multicast=True)
+    for tokens, row in published.OP_US.items():
+        where = f"{tokens} tokens"
+        pairs = {
+            "RMSNorm": (model.norm_us(setting, tokens), row.norm),
+            "all-reduce, multicast": (model.allreduce_us(setting, tokens), row.allreduce),
+            "fused op, multicast": (
+                model.fused_us(setting, tokens, model.CTAS_ALONE),
+                row.fused,
+            ),
+        }
+        found += [Check(f"{what}, TP=8", where, *pair) for what, pair in pairs.items()]
+    for count, measured in published.FUSED_8192_US.items():
+        predicted = model.fused_us(setting, 8192, count)
+        found.append(
+            Check("fused op of 8192 tokens by CTAs, TP=8", f"{count} CTAs", predicted, measured)
+        )
+    return sorted(found, key=lambda check: check.what)
+
+
+def own() -> list[Check]:
+    """Compare with measurements of ours on one H200."""
+    gemms = [
+        Check(
+            "one GEMM, H200",
+            f"k {k}, n {n}, {tokens} tokens",
+            predicted_us(GemmShape("g", n=n, k=k), tokens, 132),
+            measured,
+        )
+        for (k, n), row in GEMM_US.items()
+        for tokens, measured in zip(GEMM_TOKENS, row, strict=True)
+    ]
+    kernels = [
+        Check(
+            "our kernel at TP=2 without a link, H200",
+            f"{row.tokens} tokens, {row.variant}",
+            model.linkless_us(row.tokens * _HIDDEN * model.ELEMENT_BYTES, ctas(row.variant) or 1),
+            row.time_us,
+        )
+        for row in load(model.ONE_GPU).rows
+        if row.variant.startswith("fused/")
+        and (row.tokens, row.variant) not in model.USED  # the model's constants are from these
+    ]
+    return gemms + kernels
