@@ -15,6 +15,7 @@ from sglang_tokenweave.switches import why_multicast_is_forbidden
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 30
+_NO_GPU = ("no GPU", "none", "")  # its name, driver and clocks: for a smoke test on a CPU
 # Distribution: module.
 _PACKAGES = {"sglang": "sglang", "flashinfer-python": "flashinfer"}
 
@@ -25,17 +26,17 @@ def meta(world_size: int, command: str, commit: str | None, rounds: int, *, smok
     Raises:
         RuntimeError: git or the driver does not answer; the text says what to do.
     """
-    driver, *clocks = _nvidia_smi("driver_version", "clocks.max.sm", "power.limit")
+    gpu, driver, clocks = _gpu() if torch.cuda.is_available() or not smoke else _NO_GPU
     return Meta(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        gpu=torch.cuda.get_device_name(0),
+        gpu=gpu,
         driver=driver,
         world_size=world_size,
         versions=versions(),
         commit=commit or git_commit(_ROOT),
         command=command,
         rounds=rounds,
-        clocks=f"SM at most {clocks[0]}, power limit {clocks[1]}",
+        clocks=clocks,
         multicast=why_multicast_is_forbidden(os.environ) or "",
         smoke=smoke,
     )
@@ -76,6 +77,12 @@ def _version(package: str, module: str) -> str:
         if find_spec(module) is None:
             return NOT_INSTALLED
         return str(getattr(import_module(module), "__version__", "unknown"))
+
+
+def _gpu() -> tuple[str, str, str]:
+    driver, clock, power = _nvidia_smi("driver_version", "clocks.max.sm", "power.limit")
+    name: str = torch.cuda.get_device_name(0)
+    return name, driver, f"SM at most {clock}, power limit {power}"
 
 
 def _nvidia_smi(*fields: str) -> list[str]:

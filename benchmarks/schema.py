@@ -35,7 +35,7 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "serving": Bench(
         r"(stock|tokenweave)(/[a-z0-9_.-]+)*",
-        ("ttft_us", "tpot_us", "requests_per_s", "tokens_per_s"),
+        ("ttft_us", "tpot_us", "requests_per_s", "tokens_per_s", "goodput_requests_per_s"),
     ),
 }
 
@@ -59,7 +59,7 @@ class Meta:
     clocks: str = ""  # SM clock and power limit, as the driver states them
     multicast: str = ""  # the switch that forbids NVLink multicast; empty: none does
     absent: Mapping[str, str] = field(default_factory=dict)  # what did not run, and why
-    smoke: bool = False  # ranks shared a GPU: the times mean nothing
+    smoke: bool = False  # no GPU, or ranks shared one: the times mean nothing
 
     @property
     def place(self) -> str:

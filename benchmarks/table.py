@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from benchmarks.roles import Role, by_size, ctas, fastest, shapes
 from benchmarks.schema import BENCHES, Meta, Result, Row
 
-SMOKE = "SMOKE TEST: ranks shared a GPU. These times mean nothing; only that everything ran."
+SMOKE = (
+    "SMOKE TEST: no GPU, or ranks shared one. These times mean nothing; only that everything ran."
+)
 _HEAD = (
     "tokens",
     "link floor us",

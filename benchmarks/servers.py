@@ -1,0 +1,125 @@
+"""Start and stop the servers that are compared, and ask them what they are."""
+
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import demo
+from launch.processes import ProcessGroup
+from sglang_tokenweave import cpu
+
+HOST = "127.0.0.1"
+_STEP_S = 0.5
+_LOG_LINES = 30
+
+
+class ServerError(Exception):
+    """A server did not start, or is not what it was to be; the text ends with its log."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server that takes part."""
+
+    variant: str  # as in the results
+    weaves: bool
+    flags: tuple[str, ...] = ()
+
+    def command(self, model: str, tp: int, port: int, *, on_cpu: bool) -> list[str]:
+        """Return the command line."""
+        module = "sglang_tokenweave.launch_server" if self.weaves else "sglang.launch_server"
+        machine = cpu.server_arguments(tp) if on_cpu else ["--tp", str(tp)]
+        return [
+            *(sys.executable, "-m", module, "--model-path", model),
+            *("--host", HOST, "--port", str(port)),
+            # Named: SGLang's own choice could be taken by somebody else meanwhile.
+            *("--dist-init-addr", f"{HOST}:{port + 1}"),
+            *machine,
+            *self.flags,
+        ]
+
+    def environment(self, tp: int, *, on_cpu: bool) -> dict[str, str]:
+        """Return the environment: for a stock server, as if the extension were not installed."""
+        return {
+            **os.environ,
+            **(cpu.environment(tp) if on_cpu else {}),
+            **({} if self.weaves else {"SGLANG_PLUGINS": "none"}),
+        }
+
+
+@contextmanager
+def running(
+    contender: Contender, model: str, tp: int, log: Path, deadline_s: float, *, on_cpu: bool
+) -> Iterator[int]:
+    """Serve while the block runs; yields the port. Nothing of the server is left afterwards.
+
+    Raises:
+        ServerError: it did not start in time, ended, or was to weave and does not.
+    """
+    port = _free_port()
+    command = contender.command(model, tp, port, on_cpu=on_cpu)
+    with log.open("wb") as file:
+        server = ProcessGroup(command, contender.environment(tp, on_cpu=on_cpu), file)
+        try:
+            _wait(server, port, contender, log, deadline_s)
+            _check(contender, port, log)
+            yield port
+        finally:
+            server.stop()
+
+
+def _wait(
+    server: ProcessGroup, port: int, contender: Contender, log: Path, deadline_s: float
+) -> None:
+    end = time.monotonic() + deadline_s
+    while not demo.is_healthy(f"http://{HOST}:{port}"):
+        if server.exit_code() is not None:
+            raise ServerError(f"{contender.variant}: the server ended{_tail(log)}")
+        if time.monotonic() > end:
+            raise ServerError(f"{contender.variant}: no answer in {deadline_s:.0f} s{_tail(log)}")
+        time.sleep(_STEP_S)
+
+
+def _check(contender: Contender, port: int, log: Path) -> None:
+    """Refuse a server that is to weave and runs stock: both sides would be the same."""
+    if not contender.weaves:
+        return
+    state = demo.get_json(f"http://{HOST}:{port}/server_info")["internal_states"][0]
+    if not state.get("tokenweave", {}).get("active"):
+        raise ServerError(
+            f"{contender.variant}: TokenWeave is not active on this server; on GPUs give it a "
+            f'transport, such as --ours="--tokenweave-transport peer"{_tail(log)}'
+        )
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if "Ignore import error" not in line]  # of SGLang on a CPU
+    return "\n".join(["; its log ends with", *kept[-_LOG_LINES:]])
+
+
+def _free_port() -> int:
+    """Return a port that is free with its next 15, of which SGLang takes some.
+
+    Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
+    """
+    for base in random.sample(range(20000, 32000, 16), 200):
+        if all(map(_is_free, range(base, base + 16))):
+            return base
+    raise ServerError("no 16 free ports in a row between 20000 and 32000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as candidate:
+        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            candidate.bind((HOST, port))
+        except OSError:
+            return False
+    return True

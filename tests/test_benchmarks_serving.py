@@ -1,0 +1,184 @@
+"""The benchmark of whole servers: its loads, its order, its errors."""
+
+import json
+import math
+import statistics
+import subprocess
+from argparse import Namespace
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import load, schema, servers, serving
+from benchmarks.load import LoadError, Outcome, Target
+from benchmarks.servers import Contender, ServerError
+from launch import demo
+
+RECORD = {
+    "completed": 3,
+    "duration": 2.0,
+    "errors": ["", "", ""],
+    "ttfts": [0.1, 0.9, 0.2],
+    "itls": [[0.01] * 3, [0.01] * 3, [0.2, 0.2]],
+    "output_lens": [4, 4, 3],
+    "total_input_tokens": 300,
+    "median_e2e_latency_ms": 250.0,
+    "median_ttft_ms": 200.0,
+    "median_tpot_ms": 10.0,
+    "request_throughput": 1.5,
+    "total_throughput": 155.0,
+}
+TARGET = Target(ttft_ms=500, tpot_ms=50)
+
+
+# --- loads
+
+
+def test_lengths_have_the_published_means_where_they_are_not_cut():
+    drawn = load.lengths(20_000, seed=1)
+    assert drawn == load.lengths(20_000, seed=1) != load.lengths(20_000, seed=2)
+    for index, mean in enumerate(load.SHAREGPT_MEANS):
+        found = [each[index] for each in drawn]
+        assert min(found) >= 4
+        assert max(found) <= 1024
+        cut_at_1024 = mean * (1 - math.exp(-1024 / mean))
+        # 20,000 draws: the mean is known to 1 %, three times that is allowed.
+        assert statistics.mean(found) == pytest.approx(cut_at_1024, rel=0.03)
+
+
+def test_conversations_are_as_long_as_drawn_and_all_different(tmp_path):
+    path = tmp_path / "c.jsonl"
+    load.write_conversations(path, [(5, 4), (7, 9), (5, 4)])
+    turns = [
+        [turn["value"] for turn in json.loads(line)["conversations"]]
+        for line in path.read_text().splitlines()
+    ]
+    assert [[len(turn.split()) for turn in each] for each in turns] == [[5, 4], [7, 9], [5, 4]]
+    assert len({prompt.split()[0] for prompt, _ in turns}) == 3
+
+
+def test_fixed_lengths_are_exact_and_others_come_from_a_file(tmp_path):
+    fixed = load.client_arguments("in2048-out128", 7, tmp_path, 1)
+    assert fixed[fixed.index("--random-input-len") + 1] == "2048"
+    assert fixed[fixed.index("--random-range-ratio") + 1] == "1"
+    assert "--tokenize-prompt" in fixed
+    drawn = load.client_arguments(load.SHAREGPT, 7, tmp_path, 1)
+    assert len(Path(drawn[drawn.index("--dataset-path") + 1]).read_text().splitlines()) == 7
+    with pytest.raises(ValueError, match="workload 'chat': known are in512-out128, "):
+        load.client_arguments("chat", 7, tmp_path, 1)
+
+
+def test_goodput_counts_requests_that_keep_both_targets():
+    found = load.outcome(RECORD, 3, TARGET)
+    assert found == Outcome(100, 250e3, 200e3, 10e3, 1.5, 155.0, goodput_requests_per_s=0.5)
+    slow = Target(ttft_ms=1000, tpot_ms=1000)
+    assert load.outcome(RECORD, 3, slow).goodput_requests_per_s == 1.5
+
+
+def test_failed_requests_are_not_dropped_in_silence():
+    failed = {**RECORD, "completed": 2, "errors": ["", "Traceback\nboom", ""]}
+    with pytest.raises(LoadError, match=r"(?s)2 of 3 requests were answered; the first: .*boom"):
+        load.outcome(failed, 3, TARGET)
+    with pytest.raises(LoadError, match="3 of 4 requests were answered"):
+        load.outcome(RECORD, 4, TARGET)
+
+
+def test_rounds_are_summed_up_by_medians():
+    one = load.outcome(RECORD, 3, TARGET)
+    rounds = [replace(one, latency_us=value, tokens_per_s=value) for value in (1.0, 5.0, 2.0)]
+    assert load.middle(rounds) == replace(one, latency_us=2.0, tokens_per_s=2.0)
+
+
+# --- servers
+
+
+def options(*extra):
+    return serving.parser().parse_args(["--model", "m", *extra])
+
+
+def test_a_stock_server_is_as_if_the_extension_were_not_installed():
+    stock, best, ours = serving.contenders(
+        options("--both", "--a 1", "--stock-best", "--b 2", "--ours=--tokenweave-transport peer")
+    )
+    assert [each.variant for each in (stock, best, ours)] == ["stock", "stock/best", "tokenweave"]
+    assert stock.environment(2, on_cpu=False)["SGLANG_PLUGINS"] == "none"
+    command = best.command("m", 4, 20000, on_cpu=False)
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[-6:] == ["--tp", "4", "--a", "1", "--b", "2"]
+    assert "SGLANG_PLUGINS" not in ours.environment(2, on_cpu=False)
+    command = ours.command("m", 2, 20000, on_cpu=True)
+    assert command[1:3] == ["-m", "sglang_tokenweave.launch_server"]
+    assert command[-4:] == ["--a", "1", "--tokenweave-transport", "peer"]
+
+
+def test_a_server_that_does_not_weave_is_not_compared_with_stock(monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("one\nTokenWeave is NOT active")
+    answer = {"internal_states": [{"tokenweave": {"active": False}}]}
+    monkeypatch.setattr(demo, "get_json", lambda url: answer)
+    with pytest.raises(ServerError, match=r"(?s)TokenWeave is not active.*is NOT active"):
+        servers._check(Contender("tokenweave", weaves=True), 1, log)
+    servers._check(Contender("stock", weaves=False), 1, log)
+
+
+def test_servers_take_turns_and_what_was_measured_is_kept(monkeypatch, tmp_path, capsys):
+    started, output = [], tmp_path / "serving.json"
+
+    @contextmanager
+    def running(contender, *_, **__):
+        started.append(contender.variant)
+        if len(started) > 4:
+            raise ServerError("no GPU left")
+        yield 1
+
+    outcome = load.outcome(RECORD, 3, TARGET)
+    monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_drive", lambda *_: outcome)
+    command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
+    assert serving.main([*command, "--workloads", "in512-out128", "--rates", "2,inf"]) == 1
+    assert started == ["stock", "tokenweave", "tokenweave", "stock", "stock"]
+    assert capsys.readouterr().err == "error: no GPU left\n"
+    rows = schema.load(output).rows
+    shapes = ("in512-out128-2_per_s", "in512-out128-all_at_once")
+    expected = {(shape, variant) for shape in shapes for variant in ("stock", "tokenweave")}
+    assert {(row.shape, row.variant) for row in rows} == expected
+    assert rows[0].extra["goodput_requests_per_s"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workloads", "chat"], "'chat' is unknown; there are in512-out128"),
+        (["--rates", "fast"], "'fast' are no numbers, such as 2,8,inf"),
+        (["--rates", "0"], "rates are above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        serving.main(["--model", "m", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_client_that_fails_or_hangs_is_named(monkeypatch, tmp_path):
+    place = Namespace(
+        model="m", prompts=1, load_deadline=0.5, ttft_ms=1.0, tpot_ms=1.0, workloads=()
+    )
+    monkeypatch.setattr(serving, "_CLIENT", "no_such_module")
+    with pytest.raises(
+        LoadError, match=r"(?s)in512-out128 at 2 requests a second: the client.*no_such"
+    ):
+        serving._drive(replace_deadline(place, 60), 1, "in512-out128", 2.0, 0, tmp_path)
+
+    def hang(command, **kwargs):
+        raise subprocess.TimeoutExpired(command, kwargs["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(LoadError, match="not done in 0 s"):
+        serving._drive(place, 1, "in512-out128", 2.0, 0, tmp_path)
+
+
+def replace_deadline(place, seconds):
+    return Namespace(**{**vars(place), "load_deadline": seconds})
