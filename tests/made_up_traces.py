@@ -30,7 +30,17 @@ def event(name, start_us, length_us, stream=COMPUTE, device=0, cat="kernel", **a
 
 
 def copy(name, start_us, length_us, stream=LANE):
-    return event(name, start_us, length_us, stream, cat="gpu_memcpy", bytes=4096)
+    """A copy; one to another GPU names the devices another way, and not its own as others do."""
+    found = event(name, start_us, length_us, stream, cat="gpu_memcpy", bytes=4096)
+    if name == COPY:
+        del found["args"]["device"], found["args"]["context"]
+        found["args"] |= {"fromDevice": 0, "inDevice": 0, "toDevice": 1, "fromContext": 1}
+    return found
+
+
+def merged(events, rank):
+    """Events as SGLang's merge of the ranks' profiles changes them."""
+    return [{**each, "pid": f"[TP{rank:02d}] {each['pid']}"} for each in events]
 
 
 def named(name, start_us, length_us, identity, stream=COMPUTE):

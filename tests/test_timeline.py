@@ -28,6 +28,7 @@ from made_up_traces import (
     SILU,
     copied,
     event,
+    merged,
     named,
     stock,
     whole,
@@ -367,6 +368,19 @@ def test_a_gpu_must_be_chosen_among_several():
     with pytest.raises(TraceError, match="no GPU 3; it shows GPUs 0, 1"):
         trace.of_device(3)
     assert [each.end - each.start for each in trace.of_device(1).activities] == [2000]
+
+
+def test_merged_profiles_of_all_ranks_hold_each_ranks_own():
+    for events in (woven(2), copied(3)):
+        second = [
+            {**each, "pid": 1, "args": {**each["args"], "device": 1, "inDevice": 1}}
+            for each in events
+        ]
+        trace = parse(whole([*merged(events, 0), *merged(second, 1)]), "made up")
+        assert trace.devices == (0, 1)
+        for device in (0, 1):
+            step = steps.choose(trace.of_device(device), None)
+            assert overlap.measure(step, None, "made up").total == measured(events).total
 
 
 def test_a_step_that_communicates_nothing_is_refused():

@@ -133,10 +133,12 @@ def _complete(events: list[Any], source: str) -> Iterator[tuple[dict[str, Any], 
 
 
 def _lane(event: dict[str, Any], where: str) -> Lane:
-    """Return the stream: Kineto says it in `args`; older ones and ranges in `pid` and `tid`."""
+    """Return the stream: in `args`; of ranges, and of a peer copy the device, in `pid`, `tid`."""
     arguments = event.get("args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    device = arguments.get("device", event.get("pid"))
+    device = arguments.get("device", arguments.get("inDevice", event.get("pid")))
+    if isinstance(device, str):  # where SGLang merged ranks: "[TP01] 1"
+        device = device.rpartition(" ")[2]
     stream = arguments.get("stream", event.get("tid"))
     return Lane(_integer(device, f"{where}: device"), _integer(stream, f"{where}: stream"))
 
