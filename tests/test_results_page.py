@@ -9,6 +9,7 @@ import pytest
 from made_up_results import result_of
 
 from benchmarks import table
+from benchmarks.plot import plot
 from benchmarks.schema import BENCHES, Result, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,3 +68,11 @@ def test_thread_blocks_are_columns():
         each for each in table.text(some).splitlines() if " 64 " in each and "fused" in each
     )
     assert line.split("|")[4].strip() == "-"
+
+
+def test_pictures_are_shown_where_they_were_drawn(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "IMAGES", tmp_path)
+    result = result_of()
+    assert results.pictures_of("op-new", result) == []
+    drawn = plot(result, tmp_path, "op-new")
+    assert results.pictures_of("op-new", result) == [path.name for path in drawn]
