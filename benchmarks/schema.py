@@ -28,7 +28,8 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "one_gpu": Bench(r"(fused|read|write|read\+write)/\d+"),
     "prefill": Bench(
-        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm", ("tokens_per_s", "cut_tokens", "ctas_count")
+        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm",
+        ("cpu_us_per_layer", "tokens_per_s", "cut_tokens", "ctas_count"),
     ),
     "decode": Bench(
         r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm", ("tokens_per_s", "context_tokens")

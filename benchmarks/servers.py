@@ -30,6 +30,7 @@ class Contender:
     variant: str  # as in the results
     weaves: bool
     flags: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()  # of the environment
 
     def command(self, model: str, tp: int, port: int, *, on_cpu: bool) -> list[str]:
         """Return the command line."""
@@ -50,6 +51,7 @@ class Contender:
             **os.environ,
             **(cpu.environment(tp) if on_cpu else {}),
             **({} if self.weaves else {"SGLANG_PLUGINS": "none"}),
+            **dict(self.variables),
         }
 
 

@@ -29,13 +29,18 @@ _SHOWS = {
 def parts(folder: Path = FOLDER) -> dict[str, str]:
     """Return the generated parts by name."""
     found = {path: load(path) for path in sorted(folder.glob("*.json"))}
-    measured = {result.bench for result in found.values() if not result.meta.smoke}
+    measured = {result.bench for result in found.values() if _is_of_its_subject(result)}
     missing = [f"- `{name}`: {_SHOWS[name]}." for name in BENCHES if name not in measured]
     sections = [_section(path, result) for path, result in found.items()]
     return {
         "measured": "\n\n".join(sections) or "No result is committed.",
         "not-measured": "\n".join(missing) or "Nothing: there is a result of every benchmark.",
     }
+
+
+def _is_of_its_subject(result: Result) -> bool:
+    """Whether ranks communicated, which all benchmarks but one are about."""
+    return not result.meta.smoke and (result.meta.world_size > 1 or result.bench == "one_gpu")
 
 
 def _section(path: Path, result: Result) -> str:

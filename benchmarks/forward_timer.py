@@ -1,0 +1,140 @@
+"""A plugin of SGLang that times each forward pass, and what else a timed server needs.
+
+`folder` writes what makes SGLang load it; `SETTINGS` in the server's environment says what it does.
+"""
+
+import json
+import os
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = "tokenweave_forward_timer"
+SETTINGS = "TOKENWEAVE_FORWARD_TIMER"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plugin does in a server's workers."""
+
+    output: str  # folder of a file of times for each rank
+    no_communication: bool = False  # sums over ranks are left out: the results are wrong
+    emulated_ranks: int = 0  # ours on one GPU: so many ranks' kernels, 0 for none
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass on one rank."""
+
+    mode: str  # of SGLang's ForwardMode
+    tokens: int
+    wall_us: float  # until the device is done
+    cpu_us: float  # until the call returns
+
+
+def folder(parent: Path) -> Path:
+    """Write the metadata of an installed plugin, for PYTHONPATH."""
+    metadata = parent / f"{NAME}-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
+    entry = f"[sglang.srt.plugins]\n{NAME} = {__name__}:register\n"
+    (metadata / "entry_points.txt").write_text(entry)
+    return parent
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return what to add to a server's environment."""
+    return {SETTINGS: json.dumps(asdict(settings))}
+
+
+def read(output: Path, rank: int, offset: int) -> tuple[list[Pass], int]:
+    """Return a rank's passes from a place in its file on, and the place behind them."""
+    path = output / f"rank{rank}.jsonl"
+    if not path.exists():
+        return [], offset
+    with path.open() as file:
+        file.seek(offset)
+        passes = [Pass(**json.loads(line)) for line in file]
+        return passes, file.tell()
+
+
+def register() -> None:
+    """Register with SGLang."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_tokenweave import seams
+
+    settings = Settings(**json.loads(os.environ[SETTINGS]))
+
+    def timed(original: Any, runner: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
+        import torch
+
+        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        synchronize()
+        begin = time.perf_counter()
+        result = original(runner, batch, *arguments, **named)
+        returned = time.perf_counter()
+        synchronize()
+        end = time.perf_counter()
+        found = Pass(
+            batch.forward_mode.name,
+            batch.input_ids.shape[0],
+            1e6 * (end - begin),
+            1e6 * (returned - begin),
+        )
+        rank = seams.tensor_parallel_group().rank_in_group
+        with open(f"{settings.output}/rank{rank}.jsonl", "a") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
+        return result
+
+    HookRegistry.register(_RUNNER + "forward", timed, HookType.AROUND)
+    HookRegistry.register(_RUNNER + "load_model", _after_load_model, HookType.AFTER)
+    if settings.no_communication:
+        _leave_out_sums()
+    if settings.emulated_ranks:
+        _emulate(settings.emulated_ranks)
+
+
+def _after_load_model(result: None, runner: Any) -> None:
+    """Draw the weights: SGLang's dummies are so small that GEMMs take less power than real ones."""
+    import torch
+
+    for name, parameter in runner.model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+        if parameter.dim() == 1:
+            parameter.data.normal_(1.0, 0.1, generator=generator)
+        else:
+            parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+
+
+def _leave_out_sums() -> None:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    GroupCoordinator.all_reduce = lambda self, tensor: tensor
+
+
+def _emulate(num_ranks: int) -> None:
+    from sglang_tokenweave import refusals, transports
+    from sglang_tokenweave.emulation import EmulatedTransport
+
+    find = refusals.find
+
+    def find_other_reasons(*arguments: Any) -> tuple[str, ...]:
+        return tuple(
+            reason for reason in find(*arguments) if "tensor parallel size is 1" not in reason
+        )
+
+    def no_reasons(*arguments: Any) -> tuple[str, ...]:
+        return ()
+
+    def create(*arguments: Any, **options: Any) -> EmulatedTransport:
+        return EmulatedTransport(num_ranks)
+
+    refusals.find = find_other_reasons  # type: ignore[assignment] # the same, for any arguments
+    transports.reasons = no_reasons  # type: ignore[assignment] # likewise
+    transports.create = create

@@ -1,0 +1,144 @@
+"""The prefill benchmark: what it starts, which passes it counts, and what it leaves out."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from benchmarks import forward_timer, prefill, shapes
+from benchmarks.forward_timer import Pass, Settings
+from benchmarks.prefill import VARIANTS, Served
+from benchmarks.servers import ServerError
+from launch import demo
+
+OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke"])
+
+
+def write_passes(folder, rank, *passes):
+    with (folder / f"rank{rank}.jsonl").open("a") as file:
+        for each in passes:
+            file.write(json.dumps(vars(each)) + "\n")
+
+
+def answer_with(monkeypatch, folder, passes_by_rank):
+    def post_json(url, body):
+        for rank, passes in enumerate(passes_by_rank):
+            write_passes(folder, rank, *passes)
+
+    monkeypatch.setattr(demo, "post_json", post_json)
+
+
+def test_a_prompts_chunks_are_summed_on_the_slowest_rank(monkeypatch, tmp_path):
+    write_passes(tmp_path, 0, Pass("EXTEND", 3, 9.0, 9.0))  # a warm-up, before
+    chunks = [
+        Pass("EXTEND", 5, 10.0, 4.0),
+        Pass("EXTEND", 2, 3.0, 1.0),
+        Pass("DECODE", 1, 1.0, 1.0),
+    ]
+    slower = [Pass("EXTEND", 5, 11.0, 2.0), Pass("EXTEND", 2, 3.5, 1.0)]
+    answer_with(monkeypatch, tmp_path, (chunks, slower))
+    served = Served(1, tmp_path, world_size=2)
+    assert served.prefill([7] * 7) == (14.5, 3.0)
+    assert served.prefill([7] * 7) == (14.5, 3.0)  # only what is new
+
+
+def test_passes_of_another_length_are_no_measurement(monkeypatch, tmp_path):
+    answer_with(monkeypatch, tmp_path, [[Pass("EXTEND", 6, 1.0, 1.0)]])
+    with pytest.raises(ServerError, match=r"rank 0 ran passes of \[6\] tokens for a prompt of 7"):
+        Served(1, tmp_path, world_size=1).prefill([7] * 7)
+
+
+class Fake:
+    """A server whose batches get the plans that it is told."""
+
+    def __init__(self, wall_us, plan):
+        self.wall_us, self.plan = wall_us, plan
+        self.counts = {"off": 0, "fuse": 0, "weave": 0} if plan else {}
+        self.prompts = []
+
+    def plans(self):
+        return dict(self.counts)
+
+    def prefill(self, ids):
+        self.prompts.append(tuple(ids))
+        if self.plan:
+            self.counts[self.plan] += 1
+        return self.wall_us, self.wall_us / 2
+
+
+def test_a_variant_that_ran_as_something_else_has_no_row():
+    servers = {
+        "stock/default": Fake(30.0, None),
+        "weave/kernel/4": Fake(20.0, "weave"),
+        "weave/copy": Fake(10.0, "off"),
+    }
+    options = Namespace(**{**vars(OPTIONS), "rounds": 3, "layers": 2})
+    rows, absent = prefill._one_length(options, servers, 40)
+    found = {row.variant: row for row in rows}
+    assert set(found) == {"stock/default", "weave/kernel/4"}
+    assert found["weave/kernel/4"].time_us == 20.0
+    assert found["weave/kernel/4"].extra == {"cpu_us_per_layer": 5.0}
+    assert found["weave/kernel/4"].shape == "smoke-2l-tp1"
+    assert absent == {"weave/copy, 40 tokens": "ran as {'off': 4, 'fuse': 0, 'weave': 0}"}
+    prompts = [prompt for server in servers.values() for prompt in server.prompts]
+    assert len(set(prompts)) == len(prompts)  # none is in a cache
+    assert {len(prompt) for prompt in prompts} == {40}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_server_loads_the_timer_and_only_ours_loads_the_extension(name, tmp_path):
+    contender = prefill._contender(OPTIONS, name, tmp_path / "plugin", tmp_path)
+    variables = dict(contender.variables)
+    plugins = variables["SGLANG_PLUGINS"].split(",")
+    assert forward_timer.NAME in plugins
+    assert ("tokenweave" in plugins) is contender.weaves is (name[:5] in ("fuse", "weave"))
+    settings = Settings(**json.loads(variables[forward_timer.SETTINGS]))
+    assert settings == Settings(str(tmp_path), no_communication=name == "no_comm")
+
+
+def test_the_plugin_is_found_as_an_installed_one(tmp_path):
+    from importlib.metadata import distributions
+
+    folder = forward_timer.folder(tmp_path)
+    (found,) = list(distributions(path=[str(folder)]))
+    (entry,) = found.entry_points
+    assert entry.group == "sglang.srt.plugins"
+    assert entry.load() is forward_timer.register
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_shapes_are_configurations_that_transformers_reads(name, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(shapes.write(name, 3, tmp_path))
+    assert config.num_hidden_layers == 3
+    assert config.hidden_size % config.num_attention_heads == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cpu", "--variants", "no_comm"], "no_comm needs GPUs that communicate"),
+        (["--emulated-ranks", "2", "--variants", "fuse"], "--tp is 2; with --emulated-ranks"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, said, capsys):
+    assert prefill.main(["--shape", "smoke", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_unknown_variants_are_named(capsys):
+    with pytest.raises(SystemExit):
+        prefill.main(["--variants", "warp"])
+    assert "'warp'; known: stock/default" in capsys.readouterr().err
+
+
+@pytest.mark.server
+def test_it_times_real_servers(tmp_path, capsys):
+    output = tmp_path / "prefill.json"
+    command = ["--cpu", "--tp", "1", "--shape", "smoke", "--layers", "2", "--rounds", "1"]
+    chosen = ["--tokens", "600", "--variants", "stock/default", "--commit", "0123456"]
+    assert prefill.main([*command, *chosen, "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["time_us"] >= row["cpu_us_per_layer"] * 2 > 0
+    assert "SMOKE TEST" in capsys.readouterr().out
