@@ -1,7 +1,8 @@
 """Steps that all ranks take together: what fails on one fails on all, at the same step."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,22 @@ class DisagreementError(RuntimeError):
 
 class LostRankError(RuntimeError):
     """Some rank did not take part in an exchange before its deadline, or is gone."""
+
+
+@contextmanager
+def naming_lost_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Say which rank waited in vain, where torch.distributed names an address.
+
+    Raises:
+        LostRankError: a collective in the body failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {rank} of {world_size} does not reach all other ranks: did one "
+            f"end or stop (see their logs)? {error}"
+        ) from error
 
 
 class Group(Protocol):
@@ -50,14 +67,9 @@ class TorchGroup:
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.world_size
-        try:
+        with naming_lost_ranks(self.rank, self.world_size):
             self._meet()
             dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise LostRankError(
-                f"rank {self.rank} of {self.world_size} does not reach all other ranks: did one "
-                f"end or stop (see their logs)? {error}"
-            ) from error
         return values
 
     def _meet(self) -> None:

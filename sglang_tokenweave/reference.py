@@ -3,7 +3,9 @@
 It runs on a CPU (gloo) and on GPUs (NCCL), beside the caller: on a worker thread or a side stream.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave import deadlines
+from sglang_tokenweave.agreement import naming_lost_ranks
 from sglang_tokenweave.transport import Pending, Slot, StreamPending, SymmetricBuffer
 
 LARGEST_E4M3 = 448.0
@@ -58,8 +61,14 @@ def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass(frozen=True)
 class _ThreadPending:
     future: Future[None]
+    rank: int
 
     def wait(self) -> None:
+        if not futures.wait([self.future], deadlines.OP_S).done:
+            raise RuntimeError(
+                f"the op of rank {self.rank} did not end within {deadlines.OP_S:g} s "
+                f"(process {os.getpid()})"
+            )
         self.future.result()
 
 
@@ -140,7 +149,7 @@ class ReferenceTransport:
             with torch.inference_mode():
                 run()
 
-        return _ThreadPending(self._worker.submit(without_gradients))
+        return _ThreadPending(self._worker.submit(without_gradients), self.rank)
 
     def _on_stream(self, run: Callable[[], None]) -> Pending:
         assert self._stream is not None
@@ -180,7 +189,8 @@ class ReferenceTransport:
         # Whoever reads the slot before `wait` must not get away with it.
         slot.tensor.fill_(float("nan"))
         parts = torch.empty_like(padded)
-        dist.all_to_all_single(parts, padded, group=self._group)
+        with naming_lost_ranks(self.rank, self.world_size):
+            dist.all_to_all_single(parts, padded, group=self._group)
         ranks = parts.view(self.world_size, share, -1).to(torch.float32)
         total = ranks[0]
         for rank in range(1, self.world_size):
@@ -192,5 +202,6 @@ class ReferenceTransport:
         padded = own.new_zeros(share, own.shape[1])
         padded[: own.shape[0]] = own
         gathered = padded.new_empty(self.world_size, share, padded.shape[1])
-        dist.all_gather(list(gathered), padded, group=self._group)
+        with naming_lost_ranks(self.rank, self.world_size):
+            dist.all_gather(list(gathered), padded, group=self._group)
         out.copy_(gathered.flatten(0, 1)[: out.shape[0]])

@@ -1,12 +1,15 @@
 """The reference transport against float64, and its asynchrony."""
 
+from concurrent.futures import Future
 from functools import cache
 
 import pytest
 import torch
 from distributed import run_ranks
 
-from sglang_tokenweave.reference import ReferenceTransport
+from sglang_tokenweave import deadlines
+from sglang_tokenweave.agreement import LostRankError
+from sglang_tokenweave.reference import ReferenceTransport, _ThreadPending
 from sglang_tokenweave.transport import Slot, SymmetricBuffer
 
 HIDDEN = 64
@@ -133,13 +136,19 @@ def _fail_on_rank_one(rank):
     if rank == 1:
         return "left"
     pending = transport.allreduce_rmsnorm(slot, None, torch.ones(HIDDEN), EPS, ctas=2, beside=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(LostRankError, match="rank 0 of 2 does not reach all other ranks"):
         pending.wait()
     return "error"
 
 
 def test_a_rank_that_is_gone_is_an_error_and_no_hang():
     assert run_ranks(_fail_on_rank_one, 2, timeout_s=100) == ["error", "left"]
+
+
+def test_an_op_that_does_not_end_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(deadlines, "OP_S", 0.1)
+    with pytest.raises(RuntimeError, match=r"the op of rank 3 did not end within 0\.1 s"):
+        _ThreadPending(Future(), rank=3).wait()
 
 
 @pytest.mark.parametrize(("rows", "world_size"), [(1, 4), (5, 4), (8, 4), (9, 2), (3, 8)])
