@@ -31,6 +31,9 @@ def environment(tp_size: int) -> dict[str, str]:
         "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         # At TP > 1 SGLang would compile with inductor: twice the start-up, and it needs g++.
         "TORCHDYNAMO_DISABLE": "1",
+        # When a rank has failed and another one still runs, SGLang ends the server a minute later:
+        # it waits for a core dump of CUDA, and the clients with it.
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         # SGLang refuses more ranks than NUMA nodes unless each rank's cores are named.
         "SGLANG_CPU_OMP_THREADS_BIND": _cores_per_rank(tp_size, sorted(os.sched_getaffinity(0))),
     }
