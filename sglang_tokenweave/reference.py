@@ -85,6 +85,8 @@ class ReferenceTransport:
         self._group = group
         self._device = device
         self._worker = None
+        # After an op that failed, the next one would meet another op of the other ranks.
+        self._failure: Exception | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's own gap
@@ -144,12 +146,18 @@ class ReferenceTransport:
     def _on_thread(self, run: Callable[[], None]) -> Pending:
         assert self._worker is not None
 
-        def without_gradients() -> None:
-            # Inference mode belongs to a thread; SGLang's tensors may be changed only inside it.
-            with torch.inference_mode():
-                run()
+        def run_unless_failed() -> None:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                # Inference mode belongs to a thread; SGLang's tensors may change only inside it.
+                with torch.inference_mode():
+                    run()
+            except Exception as error:
+                self._failure = error
+                raise
 
-        return _ThreadPending(self._worker.submit(without_gradients), self.rank)
+        return _ThreadPending(self._worker.submit(run_unless_failed), self.rank)
 
     def _on_stream(self, run: Callable[[], None]) -> Pending:
         assert self._stream is not None

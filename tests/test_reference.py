@@ -145,6 +145,30 @@ def test_a_rank_that_is_gone_is_an_error_and_no_hang():
     assert run_ranks(_fail_on_rank_one, 2, timeout_s=100) == ["error", "left"]
 
 
+def _fail_then_go_on(rank):
+    transport = ReferenceTransport.create(torch.device("cpu"))
+    buffer = transport.allocate(12, HIDDEN, torch.float32)
+    weights = (torch.ones(HIDDEN - 1 if rank == 0 else HIDDEN), torch.ones(HIDDEN))
+    ops = [
+        transport.allreduce_rmsnorm(slot, None, weight, EPS, ctas=2, beside=True)
+        for slot, weight in zip((buffer.slot(0, 4), buffer.slot(4, 12)), weights, strict=True)
+    ]
+    errors = []
+    for op in ops:
+        with pytest.raises(RuntimeError) as failed:
+            op.wait()
+        errors.append(str(failed.value))
+    return errors
+
+
+def test_an_op_after_a_failed_one_does_not_run():
+    """It would meet the other rank's first op, and exchange rows of other halves."""
+    mine, others = run_ranks(_fail_then_go_on, 2, timeout_s=100)
+    assert mine[0] == mine[1]
+    assert "size of tensor" in mine[0]
+    assert all("rank 1 of 2 does not reach all other ranks" in error for error in others)
+
+
 def test_an_op_that_does_not_end_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(deadlines, "OP_S", 0.1)
     with pytest.raises(RuntimeError, match=r"the op of rank 3 did not end within 0\.1 s"):
