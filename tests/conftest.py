@@ -1,8 +1,11 @@
 """Fixtures that servers share: tiny models and the answers of stock servers, once a session."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import faults
 import pytest
 import workloads
 from server import Server, after_import
@@ -51,6 +54,23 @@ def stock(
         return found
 
     return answers
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model: Callable[[str], Path]) -> faults.Undisturbed:
+    """Return what a stock server answers to the questions of tests/faults.py."""
+    with Server(model("llama"), launcher="stock") as server:
+        outcomes = [faults.ask(server, question) for question in (*faults.LONG, faults.SHORT)]
+    assert not faults.errors(outcomes)
+    return {outcome.question: outcome.tokens for outcome in outcomes}
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Iterator[faults.Fault]:
+    """Record what the test sees of its fault: docs/tools/reliability.py reads the report."""
+    found = faults.Fault(*request.node.get_closest_marker("fault").args)
+    yield found
+    request.node.user_properties.append(("fault", json.dumps(asdict(found))))
 
 
 @pytest.hookimpl(wrapper=True)

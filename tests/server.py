@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -103,6 +104,7 @@ class Server:
         try:
             self.process.wait(deadline_s)
             self._wait_until(lambda: not self.processes(), deadline_s, "end its processes")
+            self._check_traces()
         except subprocess.TimeoutExpired:
             raise self.error(f"still runs after {deadline_s} s") from None
         finally:
@@ -120,9 +122,7 @@ class Server:
         try:
             self._wait_until(lambda: not self.processes(), STOP_DEADLINE_S, "stop")
             self.process.wait(STOP_DEADLINE_S)
-            left = self.traces()
-            if left:
-                raise self.error(f"left behind: {', '.join(left)}")
+            self._check_traces()
         except ServerError:
             if check:
                 raise
@@ -145,11 +145,15 @@ class Server:
 
     def rank_process(self, rank: int) -> int:
         """Return the process that runs a tensor-parallel rank."""
+        return self.process_titled(rf"scheduler.*TP{rank}\b")
+
+    def process_titled(self, pattern: str) -> int:
+        """Return the process whose title contains a pattern."""
         for pid in self.processes():
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if "scheduler" in title and f"TP{rank}" in title:
+            if re.search(pattern, title):
                 return pid
-        raise self.error(f"has no process of rank {rank}")
+        raise self.error(f"has no process titled {pattern}")
 
     def note_shared_memory(self) -> None:
         """Remember which files in /dev/shm the server holds open: their names need not tell."""
@@ -212,6 +216,7 @@ class Server:
                 self.url + "/generate", json={**payload, "stream": True}, stream=True, timeout=120
             ) as response,
         ):
+            response.raise_for_status()
             for line in response.iter_lines():
                 text = line.decode().removeprefix("data: ")
                 if text and text != "[DONE]":
@@ -259,6 +264,11 @@ class Server:
                 raise self.error(f"did not {what} within {deadline_s} s")
             time.sleep(0.1)
 
+    def _check_traces(self) -> None:
+        self.left = self.traces()
+        if self.left:
+            raise self.error(f"left behind: {', '.join(self.left)}")
+
     def _kill(self) -> None:
         for pid in self.processes():
             try:
@@ -268,6 +278,10 @@ class Server:
         self.process.wait(10)
 
     def _remove_traces(self) -> None:
+        self.left_in_shared_memory = [
+            name for name in sorted(self.shared_memory) if Path("/dev/shm", name).exists()
+        ]
+        self.left_in_folder = [path.name for path in self.folder.rglob("*") if path.name != "log"]
         for name in self.shared_memory:
             Path("/dev/shm", name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

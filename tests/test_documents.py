@@ -250,6 +250,49 @@ def test_recorded_outcomes_are_of_tests_that_exist() -> None:
     assert sorted(set(recorded["outcomes"]) - exist) == []
 
 
+def test_recorded_faults_are_those_of_the_tests() -> None:
+    """Neither one that is no longer injected nor one that was never recorded."""
+    recorded = json.loads((ROOT / "docs" / "reliability.json").read_text())
+    assert set(recorded["tests"]) == tool("reliability").existing_tests()
+
+
+def test_faults_are_recorded_as_they_end(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def fault(request):\n"
+        "    found = dict(name='a fault', where='here', injected=3, seconds=1.25, sees='a|b')\n"
+        "    yield found\n"
+        "    found['leaks'] = 0\n"
+        "    request.node.user_properties.append(('fault', __import__('json').dumps(found)))\n"
+    )
+    (tmp_path / "test_faults_x.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', [1, 2])\n"
+        "def test_a(n, fault): assert n == 1\n"
+    )
+    report = tmp_path / "report.xml"
+    run = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "test_faults_x.py"]
+    subprocess.run(run, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    reliability = tool("reliability")
+    tests = reliability.record([report])["tests"]
+    assert list(tests) == ["test_faults_x::test_a[1]", "test_faults_x::test_a[2]"]
+    rows = reliability.faults(tests.values()).splitlines()[2:]
+    assert rows == [
+        "| a fault | here | 3 | 3 | 1.2 s | a\\|b | 0 |",
+        "| a fault | here | 3 | **0 of 3** | 1.2 s | a\\|b | 0 |",
+    ]
+
+
+def test_figures_of_others_are_a_section_of_the_page() -> None:
+    figures = {"title": "Soak", "date": "2000-01-01", "command": "c", "commit": "1", "machine": "m"}
+    section = tool("reliability").section(
+        {**figures, "columns": ["a", "b"], "rows": [[1, 2.5]], "notes": ["n"]}
+    )
+    assert section.startswith("## Soak\n\n2000-01-01, commit 1, m: `c`\n\n| a | b |")
+    assert section.endswith("| 1 | 2.5 |\n\n- n")
+
+
 @pytest.mark.parametrize("name", EXCERPTS)
 def test_excerpts_are_the_sources(name: str) -> None:
     page = ROOT / "docs" / name

@@ -50,7 +50,7 @@ Outcomes = dict[str, str]  # test to "passed", "failed" or "skipped"
 def record(reports: Sequence[Path]) -> dict[str, Any]:
     """Return what JUnit reports say of these tests, with where and when they were made."""
     suites = [suite for report in reports for suite in ElementTree.parse(report).iter("testsuite")]
-    found = {_name(case): _outcome(case) for suite in suites for case in suite.iter("testcase")}
+    found = {name_of(case): outcome_of(case) for suite in suites for case in suite.iter("testcase")}
     ours = tuple(f"{name.removesuffix('.py')}::" for name in TESTS)
     return {
         "dates": sorted(suite.attrib["timestamp"][:10] for suite in suites),
@@ -61,17 +61,19 @@ def record(reports: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def update(before: dict[str, Any], now: dict[str, Any], exist: set[str]) -> dict[str, Any]:
+def update(
+    before: dict[str, Any], now: dict[str, Any], exist: set[str], key: str = "outcomes"
+) -> dict[str, Any]:
     """Return the outcomes of `before` with those of `now` in their place, of tests that exist."""
-    outcomes = {**before["outcomes"], **now["outcomes"]}
+    outcomes = {**before[key], **now[key]}
     dates = sorted({*before["dates"], *now["dates"]})
     kept = {name: outcome for name, outcome in outcomes.items() if name in exist}
-    return {**now, "dates": [dates[0], dates[-1]], "outcomes": kept}
+    return {**now, "dates": [dates[0], dates[-1]], key: kept}
 
 
-def existing_tests() -> set[str]:
+def existing_tests(tests: Sequence[str] = TESTS) -> set[str]:
     """Return the names of these tests as pytest collects them now."""
-    files = [str(ROOT / "tests" / name) for name in TESTS]
+    files = [str(ROOT / "tests" / name) for name in tests]
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
         cwd=ROOT,
@@ -91,11 +93,13 @@ def run_tests(report: Path) -> None:
     )
 
 
-def _name(case: ElementTree.Element) -> str:
+def name_of(case: ElementTree.Element) -> str:
+    """Return the name of a test in a JUnit report, as `existing_tests` does."""
     return f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
 
 
-def _outcome(case: ElementTree.Element) -> str:
+def outcome_of(case: ElementTree.Element) -> str:
+    """Return "passed", "failed" or "skipped"."""
     problems = {child.tag for child in case} & {"failure", "error", "skipped"}
     if not problems:
         return "passed"
@@ -124,7 +128,7 @@ def _models(outcomes: Outcomes, newest: str) -> str:
     for name, title in _MODELS.items():
         cells = [_verdict(_by_release(outcomes).get((each, name), ())) for each in others]
         rows.append([title, *cells, _verdict(_equality(outcomes, name).values())])
-    return _table(["model", *(f"SGLang {each}" for each in (*others, newest))], rows)
+    return table(["model", *(f"SGLang {each}" for each in (*others, newest))], rows)
 
 
 def _features(outcomes: Outcomes) -> str:
@@ -133,7 +137,7 @@ def _features(outcomes: Outcomes) -> str:
         [text, *(_verdict([found[work]] if work in found else ()) for found in by_model.values())]
         for work, text in _workloads().items()
     ]
-    return _table(["what is asked", *_MODELS.values()], rows)
+    return table(["what is asked", *_MODELS.values()], rows)
 
 
 def _variants(outcomes: Outcomes) -> str:
@@ -144,7 +148,7 @@ def _variants(outcomes: Outcomes) -> str:
         pipeline = re.fullmatch(r"test_pipeline::test_equals_stock\[(.+)\]", name)
         if pipeline:
             rows.append([f"two pipeline stages, TP=2 each: {pipeline[1]}", _verdict([outcome])])
-    return _table(["server", "equals stock"], rows)
+    return table(["server", "equals stock"], rows)
 
 
 def _refusals(outcomes: Outcomes) -> str:
@@ -152,7 +156,7 @@ def _refusals(outcomes: Outcomes) -> str:
     found = {match: outcomes[name] for name in outcomes if (match := pattern.fullmatch(name))}
     done = {"runs_stock": "serves as stock and says why", "stops": "stops under strict"}
     rows = [[match[2], done[match[1]], _verdict([result])] for match, result in found.items()]
-    return _table(["server with", "what it does", "seen"], rows)
+    return table(["server with", "what it does", "seen"], rows)
 
 
 def _equality(outcomes: Outcomes, setup: str) -> Outcomes:
@@ -201,9 +205,14 @@ def _verdict(results: Iterable[str]) -> str:
     return f"**{failed} of {len(results)} failed**" if failed else "yes"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def main(argv: list[str]) -> None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks are not installed
 
 import compatibility
+import reliability
 import results
 
 from benchmarks import predict
@@ -32,6 +33,7 @@ PARTS = {
         "prefill",
         "predictions",
     ),
+    "reliability.md": ("faults-provenance", "faults", "sections"),
 }
 
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
     parts = {
         "options": options(),
         **compatibility.parts(),
+        **reliability.parts(),
         **results.parts(),
         **predict.parts(),
     }

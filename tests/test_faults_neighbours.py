@@ -1,0 +1,92 @@
+"""Several servers on one machine, and one server again and again: nothing is mixed up or left."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import faults
+import pytest
+from faults import Fault, Undisturbed
+from server import Server
+
+pytestmark = pytest.mark.server
+
+SHARING = "servers share a machine"
+RESTARTS = int(os.environ.get("TOKENWEAVE_TEST_RESTARTS", "5"))
+
+
+@pytest.mark.parametrize(
+    ("count", "tp"),
+    [
+        pytest.param(2, 2, marks=[faults.rare, pytest.mark.fault(SHARING, "2 at TP=2")]),
+        pytest.param(4, 1, marks=pytest.mark.fault(SHARING, "4 at TP=1")),
+    ],
+)
+def test_servers_side_by_side(
+    count: int,
+    tp: int,
+    fault: Fault,
+    model: Callable[[str], Path],
+    undisturbed: Undisturbed,
+) -> None:
+    servers = [Server(model("llama"), tp, flags=faults.FLAGS) for _ in range(count)]
+    with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
+        list(pool.map(stack.enter_context, servers))
+        start = time.monotonic()
+        for outcomes in pool.map(_ask_all, servers):
+            assert not faults.errors(outcomes)
+            faults.assert_honest(outcomes, undisturbed)
+        fault.seconds = time.monotonic() - start
+        for server in servers:
+            assert sum(kinds["weave"] for kinds in server.tokenweave()["batches"].values())
+        # All at once: one that ends must not take away what another one uses.
+        list(pool.map(Server.stop, servers))
+    fault.injected = count
+    fault.leaks = sum(len(server.left) for server in servers)
+    fault.sees = "every answer unchanged"
+
+
+@pytest.mark.timeout(120 * max(RESTARTS, 5))
+@pytest.mark.fault("a server starts and stops in a loop", "TP=2, answers in between")
+def test_restarts_leave_nothing_that_grows(
+    fault: Fault, model: Callable[[str], Path], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    left = []
+    for _ in range(RESTARTS):
+        server = Server(model("llama"), flags=faults.FLAGS, environment=environment)
+        start = time.monotonic()
+        with server:
+            fault.seconds = max(fault.seconds or 0, time.monotonic() - start)
+            faults.assert_honest([faults.ask(server, faults.SHORT)], undisturbed)
+        left.append(_left(server, home))
+        print(len(left), json.dumps(left[-1]), flush=True)
+    fault.injected = RESTARTS
+    fault.sees = f"started within the time shown; left after each of them: {left[-1]}"
+    # The first start may leave what is kept on purpose, such as a cache.
+    grown = {kind for kind in left[0] if max(each[kind] for each in left) > left[0][kind]}
+    fault.leaks = len(grown)
+    assert not grown, left
+
+
+def _ask_all(server: Server) -> list[faults.Outcome]:
+    questions = (*faults.LONG, faults.SHORT)
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return list(pool.map(lambda question: faults.ask(server, question), questions))
+
+
+def _left(server: Server, home: Path) -> dict[str, int]:
+    """Count what there is after a server has stopped, its own temporary folder apart."""
+    return {
+        "processes": len(server.processes()),
+        "files in /dev/shm": len(server.left_in_shared_memory),
+        "files in its temporary folder": len(server.left_in_folder),
+        "files in its home": sum(path.is_file() for path in home.rglob("*")),
+        "descriptors of its starter": len(os.listdir("/proc/self/fd")),
+    }
