@@ -64,10 +64,10 @@ CASES = {
     ),
     "stopped-between-batches": Case(
         "a rank is stopped for ever",
-        "rank 0 of 2, between batches, `--watchdog-timeout 5`",
+        "rank 0 of 2, between batches, `--watchdog-timeout 10`",
         order("stop", "scheduler", 0),
         "Scheduler watchdog timeout",
-        flags=("--watchdog-timeout", "5"),
+        flags=("--watchdog-timeout", "10"),
     ),
     **{
         f"raises-{where}-{len(ranks)}": Case(
