@@ -363,7 +363,9 @@ def _free_port() -> int:
     Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
     """
     for base in random.Random().sample(range(20000, 32000, 16), 200):
-        if all(map(_is_free, range(base, base + 16))):
+        # A server that is starting has not bound its ports yet.
+        is_taken = base in (server.port for server in Server.running)
+        if not is_taken and all(map(_is_free, range(base, base + 16))):
             return base
     raise AssertionError("no 16 free ports in a row between 20000 and 32000")
 

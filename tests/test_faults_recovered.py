@@ -100,6 +100,7 @@ def test_a_probe_sees_that_an_idle_server_stands(
     client.join(60)
     faults.assert_honest(outcomes, undisturbed)
     assert [outcome.error for outcome in outcomes] == [None]
+    assert server.request("/health_generate").status_code == 200
     fault.sees = (
         f"`/health_generate` answers 503 (after {HEALTH_TIMEOUT_S} s here, 20 s by default); "
         "what was asked meanwhile is answered once it goes on"
@@ -111,9 +112,9 @@ def _assert_recovers(
     server: Server, clients: faults.Clients, fault: Fault, undisturbed: Undisturbed
 ) -> None:
     start = time.monotonic()
-    faults.assert_honest([faults.ask(server, faults.SHORT)], undisturbed)
-    fault.seconds = time.monotonic() - start
-    outcomes = [*clients.long(), *clients.short()]
+    next_one = faults.ask(server, faults.SHORT)
+    fault.seconds = next_one.ended - start
+    outcomes = [next_one, *clients.long(), *clients.short()]
     faults.assert_honest(outcomes, undisturbed)
     assert not faults.errors(outcomes)
     fault.sees = "every answer, late and unchanged"
