@@ -27,12 +27,17 @@ class Mix:
     longest_usual: int = 2000  # nine of ten prompts are at most so long
     most_new_tokens: int = 16
     num_prefixes: int = 0  # that half of the prompts start with
-    is_seeded: bool = False  # sampled requests bring a seed, and none asks for min_p
+    # Sampled requests bring a seed, and a `top_k` for which see seeded.py.
+    is_seeded: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request; `leave_after` pieces of a stream the client closes the connection."""
+    """One request.
+
+    After `leave_after` pieces of its stream the client has it aborted by its `rid`, if the payload
+    has one, and closes the connection otherwise.
+    """
 
     path: str
     payload: dict[str, Any]
@@ -48,19 +53,19 @@ class Request:
 
     @property
     def num_samples(self) -> int:
-        return self._options.get("n", 1)
+        return self.sampling.get("n", 1)
 
     @property
     def num_new_tokens(self) -> int:
-        return self._options["max_tokens" if self.is_chat else "max_new_tokens"]
+        return self.sampling["max_tokens" if self.is_chat else "max_new_tokens"]
 
     @property
-    def is_greedy(self) -> bool:
-        return self._options["temperature"] == 0
-
-    @property
-    def _options(self) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         return self.payload if self.is_chat else self.payload["sampling_params"]
+
+    @property
+    def has_logprobs(self) -> bool:
+        return "logprobs" in self.payload or "return_logprob" in self.payload
 
 
 @dataclass
@@ -70,8 +75,10 @@ class Sample:
     tokens: list[int] = field(default_factory=list)  # none from the chat API
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # the prompt's, then those of `tokens`
-    top: list[tuple[float, ...]] = field(default_factory=list)  # by token, the best first
+    # By token: (log probability, token) of the best, sorted; the chat API does not tell the token.
+    top: list[list[tuple[float, int | None]]] = field(default_factory=list)
     finish: str | None = None
+    prompt_tokens: int = 0
 
 
 def draw(mix: Mix, index: int) -> Request:
@@ -95,6 +102,8 @@ def draw(mix: Mix, index: int) -> Request:
         if rng.random() < 0.25:
             leave_after = rng.randint(0, 4)
             sampling |= {"max_new_tokens": 4 * mix.most_new_tokens, "n": 1}
+            if leave_after and rng.random() < 0.5:
+                payload["rid"] = f"{mix.seed}-{index}"
     return Request("/generate", payload, leave_after)
 
 
@@ -109,6 +118,8 @@ def _draw_chat(mix: Mix, rng: random.Random) -> Request:
     }
     if rng.random() < 0.5:
         payload |= {"stream": True, "stream_options": {"include_usage": True}}
+    elif rng.random() < 0.5:
+        payload |= {"logprobs": True, "top_logprobs": 2}
     return Request("/v1/chat/completions", payload)
 
 
@@ -116,10 +127,11 @@ def _draw_sampling(mix: Mix, rng: random.Random, seed: str) -> dict[str, Any]:
     if rng.random() < 0.5:
         return {"temperature": 0}
     options: dict[str, Any] = {"temperature": round(rng.uniform(0.3, 1.5), 2)}
-    kinds: list[dict[str, Any]] = [{}, {"top_p": 0.8}, {"top_k": 20}, {"top_p": 0.9, "top_k": 50}]
-    kinds += [] if mix.is_seeded else [{"min_p": 0.1}]
-    seeds = {seed: rng.randrange(2**31)} if mix.is_seeded else {}
-    return options | rng.choice(kinds) | seeds
+    if not mix.is_seeded:
+        kinds = ({}, {"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 50})
+        return options | rng.choice(kinds)
+    kinds = ({"top_k": 5}, {"top_k": 15}, {"top_p": 0.8, "top_k": 15})
+    return options | rng.choice(kinds) | {seed: rng.randrange(2**31)}
 
 
 def _draw_prompt(mix: Mix, rng: random.Random) -> list[int]:
@@ -175,8 +187,10 @@ async def ask(session: aiohttp.ClientSession, request: Request) -> list[Sample]:
                 _read_piece(request, piece, samples)
                 num_pieces += 1
                 if num_pieces == request.leave_after:
-                    response.close()  # the connection, with the stream still running
-                    return samples
+                    if "rid" not in request.payload:
+                        response.close()  # the connection, with the stream still running
+                        return samples
+                    await _abort(session, request)
     _check(request, samples)
     return samples
 
@@ -188,6 +202,11 @@ async def _send_and_leave(session: aiohttp.ClientSession, request: Request) -> N
     if asked.done() and not asked.cancelled():
         (await asked).close()
     asked.cancel()
+
+
+async def _abort(session: aiohttp.ClientSession, request: Request) -> None:
+    async with session.post("/abort_request", json={"rid": request.payload["rid"]}) as response:
+        response.raise_for_status()
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
@@ -208,6 +227,12 @@ def _read_whole(request: Request, raw: Any, samples: list[Sample]) -> None:
         for choice in raw["choices"]:
             sample = samples[choice["index"]]
             sample.text, sample.finish = choice["message"]["content"], choice["finish_reason"]
+            sample.prompt_tokens = raw["usage"]["prompt_tokens"]
+            told = (choice["logprobs"] or {}).get("content") or ()
+            sample.logprobs = [token["logprob"] for token in told]
+            sample.top = [
+                [(best["logprob"], None) for best in token["top_logprobs"]] for token in told
+            ]
         _check_usage(request, raw["usage"])
         return
     for sample, one in zip(samples, raw if isinstance(raw, list) else [raw], strict=True):
@@ -233,6 +258,7 @@ def _read_generated(raw: dict[str, Any], sample: Sample) -> None:
     info = raw["meta_info"]
     sample.tokens, sample.text = raw["output_ids"], raw["text"]
     sample.finish = (info["finish_reason"] or {}).get("type")
+    sample.prompt_tokens = info["prompt_tokens"]
     prompt = info.get("input_token_logprobs") or ()
     sample.logprobs = [
         logprob
@@ -240,16 +266,18 @@ def _read_generated(raw: dict[str, Any], sample: Sample) -> None:
         if logprob is not None
     ]
     best = info.get("output_top_logprobs", ())
-    sample.top = [tuple(logprob for logprob, *_ in entries) for entries in best]
+    sample.top = [[(logprob, token) for logprob, token, *_ in entries] for entries in best]
 
 
 def _check(request: Request, samples: list[Sample]) -> None:
     for sample in samples:
+        if request.leave_after is not None and sample.finish == "abort":
+            continue
         if sample.finish != "length":
             raise WrongAnswer(f"ended by {sample.finish!r} instead of its length")
         if not request.is_chat and len(sample.tokens) != request.num_new_tokens:
             raise WrongAnswer(f"{len(sample.tokens)} tokens of {request.num_new_tokens}")
-        if request.payload.get("return_logprob") and len(sample.logprobs) < request.num_new_tokens:
+        if request.has_logprobs and len(sample.logprobs) < request.num_new_tokens:
             raise WrongAnswer(f"{len(sample.logprobs)} log probabilities")
 
 
