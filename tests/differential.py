@@ -26,7 +26,7 @@ import load
 import recording
 import seeded
 from load import Mix, Request, Sample
-from server import Server
+from server import LONG_START_S, Server
 from workloads import LOGPROB_TOLERANCE
 
 from sglang_tokenweave.tiny_model import make_tiny_model
@@ -60,10 +60,10 @@ def serve(folder: Path) -> Iterator[Servers]:
     (folder / "seeded").mkdir()
     path = seeded.pythonpath(folder / "seeded")
     with ExitStack() as stack:
-        start = stack.enter_context
+        options = {"pythonpath": path, "start_deadline_s": LONG_START_S}
         yield Servers(
-            start(Server(model, launcher="stock", pythonpath=path)),
-            start(Server(model, flags=FLAGS, pythonpath=path)),
+            stack.enter_context(Server(model, launcher="stock", **options)),
+            stack.enter_context(Server(model, flags=FLAGS, **options)),
         )
 
 

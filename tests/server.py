@@ -34,6 +34,7 @@ LAUNCHERS = {
     "stock": ("-m", "sglang.launch_server"),  # as if not installed
 }
 START_DEADLINE_S = 180  # 15-30 s on two idle cores; a shared machine is several times slower
+LONG_START_S = 900  # of a long run, which may share its machine with anything
 STOP_DEADLINE_S = 40
 # SGLang leaves these behind itself; `sem.` are Python's own, unlinked as soon as they are made.
 SGLANG_SHARED_MEMORY = ("sgl_shm_mq_", "sglang_loads_", "sem.")
@@ -54,6 +55,7 @@ class Server:
     sglang: str = INSTALLED
     pythonpath: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    start_deadline_s: float = START_DEADLINE_S
 
     running: ClassVar[list[Self]] = []
 
@@ -255,7 +257,7 @@ class Server:
             except requests.RequestException:
                 return False
 
-        self._wait_until(is_healthy, START_DEADLINE_S, "become healthy")
+        self._wait_until(is_healthy, self.start_deadline_s, "become healthy")
 
     def _wait_until(self, condition: Any, deadline_s: float, what: str) -> None:
         end = time.monotonic() + deadline_s

@@ -25,7 +25,7 @@ import footprint
 import load
 import recording
 from load import Mix, Request
-from server import Server
+from server import LONG_START_S, Server
 from slopes import Slope, slope
 
 from sglang_tokenweave.tiny_model import make_tiny_model
@@ -42,7 +42,7 @@ MOST_ERRORS = 20  # then it ends: the bar is none
 COUNT_PER_S = 0.5 / 60
 # ... but a short run tells no growth below these from what comes and goes.
 LEAST_COUNT = 12
-LEAST_BYTES = 40 * 2**20
+LEAST_BYTES = 64 * 2**20
 BYTES_PER_REQUEST = 4096
 
 
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model("llama", Path(folder, "llama"))
         kind = {"launcher": "stock"} if options.stock else {"flags": FLAGS}
-        with Server(model, **kind) as server:
+        with Server(model, start_deadline_s=LONG_START_S, **kind) as server:
             run = soak(server, Mix(options.seed), options.rate, 60 * options.minutes, report.see)
             done = asyncio.run(run)
             notes = [*_what_was_woven(server.tokenweave()), *done.errors]
