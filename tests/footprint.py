@@ -12,7 +12,7 @@ class Footprint:
     """By process, named by what it does; `shared_files` are in /dev/shm, of all of them."""
 
     memory_bytes: dict[str, int]
-    descriptors: dict[str, int]
+    descriptors: dict[str, int]  # without those of connections that are open on both ends
     threads: dict[str, int]
     cpu_s: dict[str, float]
     shared_files: int
@@ -36,7 +36,7 @@ def measure(server: Server) -> Footprint:
         with process.oneshot():
             processes[_role(server, process)] = (
                 _memory_bytes(pid),
-                process.num_fds(),
+                process.num_fds() - _count_clients(process),
                 process.num_threads(),
                 sum(process.cpu_times()[:2]),
             )
@@ -53,6 +53,11 @@ def _memory_bytes(pid: int) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     sizes = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
     return 1024 * (int(sizes["Pss_Anon"]) + int(sizes["Pss_Shmem"]))
+
+
+def _count_clients(process: psutil.Process) -> int:
+    connections = process.net_connections("tcp4")
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in connections)
 
 
 def _role(server: Server, process: psutil.Process) -> str:
