@@ -160,7 +160,9 @@ def open_session(url: str) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         url,
         timeout=aiohttp.ClientTimeout(total=REQUEST_DEADLINE_S),
-        connector=aiohttp.TCPConnector(limit=0),
+        # A new connection each: one that is kept can be closed by the server, whose limit is 5 s,
+        # just when the next request is on its way.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         trust_env=False,  # loopback never goes through a proxy
     )
 

@@ -52,12 +52,12 @@ class Look:
 
     at_s: float
     completed: int
-    errors: int
+    errors: tuple[str, ...]
     figures: dict[str, float]
 
     def row(self) -> dict[str, float]:
         """Return it for a table of all."""
-        counts = {"completed": self.completed, "errors": self.errors}
+        counts = {"completed": self.completed, "errors": len(self.errors)}
         return {"seconds": round(self.at_s, 1), **counts, **self.figures}
 
 
@@ -169,7 +169,7 @@ def _look(at_s: float, current: Load, held: footprint.Footprint) -> Look:
         "median latency": statistics.median(taken) if taken else 0.0,
         "CPU seconds": sum(held.cpu_s.values()),
     }
-    return Look(at_s, current.completed, len(current.errors), figures)
+    return Look(at_s, current.completed, tuple(current.errors), figures)
 
 
 def judge(looks: Sequence[Look], warm_up_s: float) -> list[Verdict]:
@@ -247,7 +247,7 @@ class Report:
             self.written_s = look.at_s
             with suppress(ValueError):  # too early
                 notes = [f"This run was not over: {look.at_s / 60:.0f} minutes of it."]
-                self.write(notes, look.errors)
+                self.write([*notes, *look.errors], len(look.errors))
 
     def write(self, notes: Sequence[str], num_errors: int) -> list[Verdict]:
         """Write the table of what was seen until now."""

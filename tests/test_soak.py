@@ -46,7 +46,7 @@ def looks(seconds: float, **leaks_per_s: float) -> list[Look]:
         }
         for name in figures:
             figures[name] += int(leaks_per_s.get(name.split()[0], 0.0) * at)
-        found.append(Look(float(at), int(RATE * at), 0, figures))
+        found.append(Look(float(at), int(RATE * at), (), figures))
     return found
 
 
