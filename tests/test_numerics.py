@@ -94,3 +94,12 @@ def test_extreme_values_leave_the_kernel_as_they_leave_stock(host) -> None:
     assert ranks[0][2].isfinite().all()
     near = torch.isclose(ranks[0].double(), wanted.double(), rtol=2.0**-7, atol=0, equal_nan=True)
     assert near.all()
+
+
+def test_only_a_product_beyond_float32_differs_from_stock(host) -> None:
+    """The kernel multiplies by the weight before it scales, stock after: see docs/limits.md."""
+    ranks, wanted = run_specials(host, gain=4.0)
+    differs = ranks[0].isnan() != wanted.isnan()
+    assert differs[0].all()
+    assert not differs[1:].any()
+    assert not wanted[0].any(), "stock's row is lost, too"
