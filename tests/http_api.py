@@ -6,6 +6,7 @@ What fails on the woven server and not on stock is a defect of ours. Exit status
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -27,6 +28,7 @@ from server import LONG_START_S, Server
 from sglang_tokenweave.tiny_model import make_tiny_model
 
 REQUEST_DEADLINE_S = 60
+GENERATION_S = 10  # of CPU time for an operation: invalid bodies of a large schema take minutes
 SEED = 1
 FLAGS = (
     *("--tokenweave-strict", "--tokenweave-min-tokens", "4"),
@@ -63,12 +65,33 @@ class Findings:
     stock: Counter[Failure] = field(default_factory=Counter)
     woven: Counter[Failure] = field(default_factory=Counter)
     other_status: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # nothing to generate
+    cut_short: list[str] = field(default_factory=list)  # after GENERATION_S
 
     @property
     def new(self) -> list[Failure]:
         """Return what failed on the woven server alone."""
         return sorted(self.woven.keys() - self.stock.keys())
+
+
+class OutOfTimeError(BaseException):
+    """Nothing that hypothesis takes for a failure of what it tests."""
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTimeError after so much CPU time of this process; waiting does not count."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextmanager
@@ -115,9 +138,12 @@ def _explore_operation(
         _ask_both(findings, servers, operation.label, case)
 
     try:
-        ask_both()
+        with cpu_limit(GENERATION_S):
+            ask_both()
     except Unsatisfiable:  # an operation without parameters cannot be asked wrongly
         findings.skipped.append(f"{operation.label}, {mode.value}")
+    except OutOfTimeError:
+        findings.cut_short.append(f"{operation.label}, {mode.value}")
 
 
 def _ask_both(findings: Findings, servers: tuple[Server, Server], label: str, case: Any) -> None:
@@ -173,7 +199,9 @@ def write(output: Path, command: str, num_examples: int, findings: Findings) -> 
             *(f"Left out, because they {why}: `{which}`" for why, which in EXCLUDED.items()),
             *(f"Only woven: {failure}" for failure in findings.new),
             *(f"Other status: {text}" for text in findings.other_status[:20]),
-            f"Nothing to generate for {', '.join(findings.skipped) or 'none'}.",
+            f"Nothing to generate for: {'; '.join(findings.skipped) or 'none'}.",
+            f"Generating was ended after {GENERATION_S} s of CPU time for: "
+            f"{'; '.join(findings.cut_short) or 'none'}.",
         ],
     )
 

@@ -47,3 +47,15 @@ def test_what_changes_the_server_is_left_out() -> None:
         assert any(re.search(pattern, path) for pattern in http_api.EXCLUDED.values())
     for path in ("/generate", "/v1/models", "/v1/chat/completions", "/abort_request", "/v1/loads"):
         assert not any(re.search(pattern, path) for pattern in http_api.EXCLUDED.values())
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def test_a_limit_of_cpu_time_ends_what_takes_longer() -> None:
+    with http_api.cpu_limit(0.05), pytest.raises(http_api.OutOfTimeError):
+        spin()
+    with http_api.cpu_limit(60):
+        pass
