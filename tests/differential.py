@@ -99,6 +99,7 @@ class Run:
     control: Findings = field(default_factory=Findings)
     woven: Findings = field(default_factory=Findings)
     state: dict[str, Any] = field(default_factory=dict)
+    is_over: bool = False
 
 
 def kinds(request: Request) -> list[str]:
@@ -276,6 +277,7 @@ def compare_all(
     for numbers in _blocks(num_requests):
         compare_block(run.woven, numbers, MIX, servers.stock, servers.woven)
         run.state = servers.woven.tokenweave() or {}
+        run.is_over = numbers.stop == num_requests
         see(run)
     return run
 
@@ -307,6 +309,7 @@ def _row(name: str, findings: Findings, kind: str) -> list[Any]:
 def _explanation(run: Run) -> list[str]:
     batches, cuts = run.state["batches"], run.state["cuts"]
     return [
+        *([] if run.is_over else ["The run was not over: what was compared until then."]),
         f"Tiny llama in float32, TP=2 on the CPU, {IN_FLIGHT} requests in flight, 1 to "
         f"{MIX.longest} tokens, half with one of {MIX.num_prefixes} shared prefixes. Equal: "
         "tokens, text, finish reasons, and log probabilities (those of the best two as well) "

@@ -28,7 +28,7 @@ from server import LONG_START_S, Server
 from sglang_tokenweave.tiny_model import make_tiny_model
 
 REQUEST_DEADLINE_S = 60
-GENERATION_S = 10  # of CPU time for an operation: invalid bodies of a large schema take minutes
+GENERATION_S = 5  # of CPU time for an operation: invalid bodies of a large schema take minutes
 SEED = 1
 FLAGS = (
     *("--tokenweave-strict", "--tokenweave-min-tokens", "4"),
