@@ -75,10 +75,13 @@ def parts() -> dict[str, str]:
     """Return the generated parts of the page, by name."""
     data = json.loads(DATA.read_text())
     dates = " to ".join(dict.fromkeys(data["dates"]))
+    recorded = {name.partition("::")[0] + ".py" for name in data["tests"]}
+    missing = ", ".join(f"`{name}`" for name in TESTS if name not in recorded)
     return {
         "faults-provenance": (
             f"Recorded {dates}: Python {data['python']}, torch {data['torch']}, "
             f"SGLang {data['sglang']}, {data['cores']} cores, {len(data['tests'])} tests on CPUs."
+            + (f" Not recorded yet: {missing}." if missing else "")
         ),
         "faults": faults(data["tests"].values()),
         "sections": "\n\n".join(section(json.loads(path.read_text())) for path in _sections()),
