@@ -29,7 +29,9 @@ def test_round_trip(drawn):
 
 
 def test_the_file_is_one_measurement_a_line_and_a_changed_choice_one_changed_line():
-    assert "  - {kind: weave, ctas: 8, fuse_ctas: 16, us: 80.0, spread_us: 1.0}\n" in TEXT
+    assert (
+        "  - {kind: weave, ctas: 8, fuse_ctas: 16, us: 80.0, spread_us: 1.0, rounds: 15}\n" in TEXT
+    )
     edited = to_text(table(*(replace(each, chosen=OFF) for each in GOOD.buckets)))
     changed = [a for a, b in zip(TEXT.splitlines(), edited.splitlines(), strict=True) if a != b]
     assert changed == [
@@ -41,13 +43,14 @@ def test_the_file_is_one_measurement_a_line_and_a_changed_choice_one_changed_lin
 
 def test_the_file_may_be_written_in_any_style_of_yaml():
     text = TEXT.replace(
-        "- {kind: off, us: 100.0, spread_us: 1.0}", '- kind: "off"\n    us: 100\n    spread_us: 1'
+        "- {kind: off, us: 100.0, spread_us: 1.0, rounds: 15}",
+        '- kind: "off"\n    us: 100\n    spread_us: 1\n    rounds: 15',
     )
     assert text != TEXT
     assert from_text(text) == GOOD
 
 
-OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0}"
+OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0, rounds: 15}"
 
 
 @pytest.mark.parametrize(
@@ -80,29 +83,41 @@ OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0}"
         ("tokens: 64", "tokens: 1024", r"field buckets: two of mode prefill and 1024 tokens"),
         (
             OFF_LINE,
-            "- {kind: of, us: 1, spread_us: 1}",
+            "- {kind: of, us: 1, spread_us: 1, rounds: 5}",
             r"\[0\]\.kind: got 'of'; .* off, fuse, weave",
         ),
         (
             OFF_LINE,
-            "- {kind: off, us: .nan, spread_us: 1}",
+            "- {kind: off, us: .nan, spread_us: 1, rounds: 5}",
             r"\[0\]\.us: got '\.nan'; expected a num",
         ),
         (
             OFF_LINE,
-            "- {kind: off, us: -1, spread_us: 1}",
+            "- {kind: off, us: -1, spread_us: 1, rounds: 5}",
             r"\[0\]\.us: got '-1'; expected a number",
         ),
-        (OFF_LINE, "- {kind: off, us: 0, spread_us: 1}", r"\[0\]\.us: got 0; expected more"),
         (
             OFF_LINE,
-            "- {kind: off, us: 9999999999, spread_us: 1}",
+            "- {kind: off, us: 0, spread_us: 1, rounds: 5}",
+            r"\[0\]\.us: got 0; expected more",
+        ),
+        (
+            OFF_LINE,
+            "- {kind: off, us: 9999999999, spread_us: 1, rounds: 5}",
             r"got 9999999999.0; expected micro",
         ),
-        (OFF_LINE, "- {kind: off, us: 1, spread_us: 1e999}", r"spread_us: got '1e999'"),
-        (OFF_LINE, "- {kind: off, us: 1}", r"measured\[0\]: spread_us is missing"),
-        (OFF_LINE, "- {kind: off, ctas: 8, us: 1, spread_us: 1}", r"\.ctas: got 8; expected 0"),
-        (OFF_LINE, "- off", r"measured\[0\]: got 'off'; expected fields: kind, us, spread_us"),
+        (OFF_LINE, "- {kind: off, us: 1, spread_us: 1e999, rounds: 5}", r"spread_us: got '1e999'"),
+        (OFF_LINE, "- {kind: off, us: 1, rounds: 5}", r"measured\[0\]: spread_us is missing"),
+        (
+            OFF_LINE,
+            "- {kind: off, ctas: 8, us: 1, spread_us: 1, rounds: 5}",
+            r"\.ctas: got 8; expected 0",
+        ),
+        (
+            OFF_LINE,
+            "- off",
+            r"measured\[0\]: got 'off'; expected fields: kind, us, spread_us, rounds",
+        ),
         (OFF_LINE, "", r"buckets\[0\]\.measured: kind off is missing"),
         ("fuse_ctas: 16}", "fuse_ctas: 15}", r"fuse_ctas: got 15; expected an even number"),
         ("fuse_ctas: 16}", "fuse_ctas: 32}", r"chosen: .* was not measured; choose one that was"),
@@ -148,10 +163,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 @given(times, st.lists(st.tuples(times, times), max_size=5))
 @settings(deadline=None)
 def test_nothing_is_chosen_that_did_not_beat_off_by_more_than_the_noise(off_us, others):
-    off = Measurement(OFF, off_us, 0.5)
+    off = Measurement(OFF, off_us, 0.5, 9)
     measured = [off]
     for index, (us, spread) in enumerate(others):
-        measured.append(Measurement(Candidate(Kind.FUSE, fuse_ctas=2 * index + 2), us, spread))
+        measured.append(Measurement(Candidate(Kind.FUSE, fuse_ctas=2 * index + 2), us, spread, 9))
     chosen = choose(measured)
     passing = [each for each in measured[1:] if off.us - each.us > noise_us(off, each)]
     if not passing:
@@ -163,9 +178,16 @@ def test_nothing_is_chosen_that_did_not_beat_off_by_more_than_the_noise(off_us, 
     assert best.us < 0.985 * off_us
 
 
+@pytest.mark.parametrize(("rounds", "chosen"), [((9, 9), WEAVE), ((9, 8), OFF), ((4, 4), OFF)])
+def test_what_ran_in_fewer_rounds_than_off_is_not_chosen(rounds, chosen):
+    off, weave = rounds
+    measured = (Measurement(OFF, 100.0, 1.0, off), Measurement(WEAVE, 50.0, 1.0, weave))
+    assert choose(measured) == chosen
+
+
 def test_a_summary_of_rounds():
-    assert Measurement.of(OFF, [5.0, 1.0, 2.0, 3.0, 100.0]) == Measurement(OFF, 3.0, 1.5)
-    assert Measurement.of(OFF, [0.0]) == Measurement(OFF, 0.1, 0.0)
+    assert Measurement.of(OFF, [5.0, 1.0, 2.0, 3.0, 100.0]) == Measurement(OFF, 3.0, 1.5, 5)
+    assert Measurement.of(OFF, [0.0]) == Measurement(OFF, 0.1, 0.0, 1)
 
 
 def test_a_choice_by_hand_is_kept_and_noticed():
@@ -242,7 +264,7 @@ def test_the_cut_moves_by_the_offset_and_stays_inside():
     layer, sms = KEY.layer, KEY.sms - 8
     for offset in (-9999, -256, 0, 256, 9999):
         woven = replace(WEAVE, cut_offset=offset)
-        measured = (Measurement(OFF, 100.0, 0.0), Measurement(woven, 50.0, 0.0))
+        measured = (Measurement(OFF, 100.0, 0.0, 9), Measurement(woven, 50.0, 0.0, 9))
         plans = plan_table(table(replace(bucket(2048), chosen=woven, measured=measured)))
         plan = plan_batch(BatchShape(Mode.PREFILL, (2048,)), plans, layer, KEY.sms)
         expected = best_cut((2048,), layer, sms) + offset

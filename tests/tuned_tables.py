@@ -34,7 +34,7 @@ def bucket(tokens, chosen=OFF, mode=Mode.PREFILL, *, off=100.0, fuse=90.0, weave
     times = {OFF: off, FUSE: fuse}
     if tokens > 1:
         times[WEAVE] = weave
-    measured = tuple(Measurement(candidate, us, 1.0) for candidate, us in times.items())
+    measured = tuple(Measurement(candidate, us, 1.0, 15) for candidate, us in times.items())
     return Bucket(mode, tokens, chosen, measured)
 
 
@@ -55,7 +55,10 @@ times = st.integers(1, 10**9).map(lambda tenths: tenths / 10)
 def buckets(draw):
     tokens = draw(st.integers(2, 20_000))
     others = draw(st.lists(candidates, max_size=4, unique=True))
-    measured = tuple(Measurement(each, draw(times), draw(times)) for each in [OFF, *others])
+    measured = tuple(
+        Measurement(each, draw(times), draw(times), draw(st.integers(1, 20)))
+        for each in [OFF, *others]
+    )
     chosen = draw(st.sampled_from(measured)).candidate
     return Bucket(draw(st.sampled_from([Mode.PREFILL, Mode.DECODE])), tokens, chosen, measured)
 

@@ -9,6 +9,7 @@ from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning import checks
 from sglang_tokenweave.waves import LayerShape, dense_layer, moe_layer
 
+LEAST_ROUNDS = 5  # of a candidate that is chosen, and of OFF beside it
 NOISE = 0.015  # of OFF's time: a candidate that gains less may have gained nothing
 LEAST_SMS = 16  # left to the computation: with fewer, a GEMM would be the slower of the two
 MOST_TOKENS = 1 << 24  # of a batch; far above any chunk
@@ -119,8 +120,10 @@ class Measurement:
     candidate: Candidate
     us: float  # median of the rounds, slowest rank
     spread_us: float  # half of the range that holds the middle half of the rounds
+    rounds: int  # in which it ran; fewer than OFF's: it was dropped on the way
 
     def __post_init__(self) -> None:
+        checks.integer("rounds", self.rounds, 1, MOST_TOKENS)
         checks.time("us", self.us)
         if self.us == 0:
             raise ValueError("us: got 0; expected more than that")
@@ -131,7 +134,8 @@ class Measurement:
         """Summarise the times of all rounds, to a tenth of a microsecond."""
         ordered = sorted(times_us)
         spread = (_quantile(ordered, 0.75) - _quantile(ordered, 0.25)) / 2
-        return cls(candidate, max(round(_quantile(ordered, 0.5), 1), 0.1), round(spread, 1))
+        median = max(round(_quantile(ordered, 0.5), 1), 0.1)
+        return cls(candidate, median, round(spread, 1), len(ordered))
 
 
 @dataclass(frozen=True)
@@ -209,12 +213,14 @@ class Table:
 def choose(measured: Sequence[Measurement]) -> Candidate:
     """Return the fastest candidate that beat OFF by more than the noise, or OFF.
 
-    The noise is the larger of 1.5 % of OFF's time and both spreads together. With a normal error
-    and nine rounds the two spreads are 2.3 standard errors of the difference of two medians, so a
-    candidate that gains nothing passes once in a hundred times; the 1.5 % comes on top.
+    Only those count that ran in as many rounds as OFF, and OFF in five at least. The noise is the
+    larger of 1.5 % of OFF's time and both spreads together. With a normal error and nine rounds the
+    two spreads are 2.3 standard errors of the difference of two medians, so a candidate that gains
+    nothing passes once in a hundred times; the 1.5 % comes on top.
     """
     off = next(each for each in measured if each.candidate == OFF)
-    winners = [each for each in measured if off.us - each.us > noise_us(off, each)]
+    rivals = [each for each in measured if each.rounds >= max(off.rounds, LEAST_ROUNDS)]
+    winners = [each for each in rivals if off.us - each.us > noise_us(off, each)]
     return min(winners, key=lambda each: each.us).candidate if winners else OFF
 
 

@@ -79,7 +79,7 @@ def to_text(table: Table) -> str:
             "  measured:",
             *(
                 f"  - {{{_candidate(each.candidate)}, us: {each.us:.1f}, "
-                f"spread_us: {each.spread_us:.1f}}}"
+                f"spread_us: {each.spread_us:.1f}, rounds: {each.rounds}}}"
                 for each in bucket.measured
             ),
         ]
@@ -118,10 +118,14 @@ def _read_bucket(node: Node) -> Bucket:
 
 
 def _read_measurement(node: Node) -> Measurement:
-    parts = node.mapping((*_CANDIDATE[0], "us", "spread_us"), _CANDIDATE[1])
-    values = {name: parts[name].number() for name in ("us", "spread_us")}
-    candidate = _read_candidate(node, parts)
-    return node.build(Measurement, {"candidate": candidate, **values}, parts)
+    parts = node.mapping((*_CANDIDATE[0], "us", "spread_us", "rounds"), _CANDIDATE[1])
+    values = {
+        "candidate": _read_candidate(node, parts),
+        "us": parts["us"].number(),
+        "spread_us": parts["spread_us"].number(),
+        "rounds": parts["rounds"].integer(),
+    }
+    return node.build(Measurement, values, parts)
 
 
 def _read_candidate(node: Node, parts: Mapping[str, Node]) -> Candidate:
