@@ -19,7 +19,9 @@ class Role(StrEnum):
 
     FLAGS = "flags"  # the command line; registered even when TokenWeave is off
     WEAVE = "weave"  # weaving itself
+    TUNE = "tune"  # a table that is measured at start
     REPORT = "report"  # metrics, /server_info, the log line
+    GUARD = "guard"  # plans that lose on the live load are dropped
     NUDGE = "nudge"  # --tokenweave-align-chunks
 
 
@@ -69,6 +71,22 @@ HOOKS = (
         parameters=("self",),
         role=Role.WEAVE,
         why="each half of a batch needs attention metadata of its own",
+    ),
+    Hook(
+        target=_SRT + "model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        kind="AFTER",
+        handler=install.after_init_cuda_graphs,
+        parameters=("self",),
+        role=Role.TUNE,
+        why="everything that will run is there, and no request: candidates can be timed",
+    ),
+    Hook(
+        target=_SRT + "model_executor.model_runner.ModelRunner.forward",
+        kind="AROUND",
+        handler=install.around_forward,
+        parameters=("self", "forward_batch"),
+        role=Role.GUARD,
+        why="every batch, in a graph or not: now and then one is timed and compared with stock",
     ),
     Hook(
         target=_SRT + "model_executor.runner.prefill_cuda_graph_runner"

@@ -17,6 +17,13 @@ from sglang_tokenweave.plan import Kind, PlanTable
 from sglang_tokenweave.refusals import ModelFacts
 from sglang_tokenweave.runtime import Model, Runtime
 from sglang_tokenweave.split import UnsplittableError
+from sglang_tokenweave.tuning import here, tuner
+from sglang_tokenweave.tuning.live import Live
+from sglang_tokenweave.tuning.measure import NotMeasurableError
+from sglang_tokenweave.tuning.nodes import TableError
+from sglang_tokenweave.tuning.rows import plan_table
+from sglang_tokenweave.tuning.table import LEAST_SMS, Key
+from sglang_tokenweave.tuning.tuner import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +34,6 @@ _NORM_VARIANTS = (
     "variance_size_override",
     "cast_x_before_out_mul",
 )
-LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
 
@@ -43,6 +49,8 @@ class State:
     runtime: Runtime | None = None
     reasons: tuple[str, ...] = ()  # why it does not weave
     notes: tuple[str, ...] = ()  # what else is not active
+    tuned: Tuned | None = None  # the table that it plans with; None: the thresholds
+    live: Live | None = None  # compares batches with stock
     model: str = ""
     rank: int = 0
     tp_size: int = 1
@@ -72,6 +80,7 @@ def after_load_model(result: None, model_runner: Any) -> None:
 
     Raises:
         RefusedError: the server is strict and this model or this setting cannot be woven.
+        DisagreementError: the ranks were given different tables.
     """
     if model_runner.is_draft_worker:
         return
@@ -88,8 +97,9 @@ def after_load_model(result: None, model_runner: Any) -> None:
     if reasons:
         _decline(reasons)
         return
+    table = _table(model_runner, group)
     try:
-        _install(model_runner)
+        _install(model_runner, table)
     except DisagreementError as error:  # the same on all ranks
         _decline((str(error),))
 
@@ -115,6 +125,38 @@ def after_init_attention_backends(result: None, model_runner: Any) -> None:
     backends = [seams.new_attention_backend(model_runner) for _ in range(2)]
     runtime.activate((backends[0], backends[1]))
     _announce(runtime)
+
+
+def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Measure a table if one is wanted and none is there; then guard it (AFTER hook).
+
+    The last moment before requests: whatever stock runs, its graphs included, can be timed.
+
+    Raises:
+        RefusedError: the server is strict and the table cannot be measured.
+        DisagreementError: the ranks measured different tables.
+    """
+    runtime = state.runtime
+    if runtime is None or not state.is_active or model_runner.is_draft_worker:
+        return
+    if state.config.tune != "off" and state.tuned is None:
+        _measure(model_runner, runtime)
+    if state.tuned is not None and state.pp_size == 1:
+        ranks = runtime.model.place.group.ranks
+        state.live = Live(runtime, _own_group(ranks), torch.device(model_runner.device))
+
+
+def around_forward(
+    original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Compare a batch with stock now and then (AROUND hook on `ModelRunner.forward`)."""
+
+    def run() -> Any:
+        return original(runner, forward_batch, *args, **kwargs)
+
+    if state.live is None or runner.is_draft_worker:
+        return run()
+    return state.live.forward(run, forward_batch)
 
 
 def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool:
@@ -184,7 +226,7 @@ def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot))
 
 
-def _install(model_runner: Any) -> None:
+def _install(model_runner: Any, table: PlanTable) -> None:
     config = state.config
     device = torch.device(model_runner.device)
     hf_config = model_runner.model_config.hf_config
@@ -198,13 +240,6 @@ def _install(model_runner: Any) -> None:
     except DisagreementError:
         transport.close()
         raise
-    table = PlanTable.from_thresholds(
-        min_tokens=config.min_tokens,
-        fuse_min_tokens=config.fuse_min_tokens,
-        decode_min_tokens=config.decode_min_tokens,
-        ctas=config.ctas,
-        fuse_ctas=config.fuse_ctas,
-    )
     architecture = architectures.ARCHITECTURES[state.model]
     model = Model(
         inner=inner,
@@ -216,13 +251,63 @@ def _install(model_runner: Any) -> None:
         layer=architectures.layer_shape(hf_config, state.tp_size),
         num_sms=_num_sms(device),
     )
-    checked = _checking_group(place.group.ranks) if config.check_plans else None
+    checked = _own_group(place.group.ranks) if config.check_plans else None
     state.runtime = Runtime(model, table, transport, buffer, checked)
     # On the instance: other models of this class (drafts) keep their stock forward.
     inner.forward = state.runtime.forward
 
 
-def _checking_group(ranks: Sequence[int]) -> Group:
+def _measure(model_runner: Any, runtime: Runtime) -> None:
+    if state.pp_size > 1:
+        _do_without_table("not measured with pipeline stages")
+        return
+    group = as_group(runtime.model.place.group.cpu_group)
+    try:
+        state.tuned = tuner.measure(state.config, _key(model_runner), group, model_runner, runtime)
+    except NotMeasurableError as error:  # the same on all ranks
+        _do_without_table(str(error))
+        return
+    runtime.table = plan_table(state.tuned.table)
+
+
+def _table(model_runner: Any, group: Any) -> PlanTable:
+    """Return the table to plan with from now on."""
+    config = state.config
+    try:
+        state.tuned = tuner.find(config, _key(model_runner), as_group(group.cpu_group))
+    except TableError as error:  # the same on all ranks
+        _do_without_table(str(error))
+    if state.tuned is not None:
+        return plan_table(state.tuned.table)
+    return PlanTable.from_thresholds(
+        min_tokens=config.min_tokens,
+        fuse_min_tokens=config.fuse_min_tokens,
+        decode_min_tokens=config.decode_min_tokens,
+        ctas=config.ctas,
+        fuse_ctas=config.fuse_ctas,
+    )
+
+
+def _key(model_runner: Any) -> Key:
+    device = torch.device(model_runner.device)
+    return here.key_of(
+        model_runner,
+        device=device,
+        sms=_num_sms(device),
+        tp_size=state.tp_size,
+        transport=transports.resolve(state.config.transport, device),
+    )
+
+
+def _do_without_table(problem: str) -> None:
+    if state.config.strict:
+        raise RefusedError(f"TokenWeave is strict and cannot use a tuned table: {problem}")
+    state.notes += (f"tuned table: {problem}",)
+    if state.rank == state.pp_rank == 0:
+        logger.warning("TokenWeave plans by thresholds, without a tuned table: %s", problem)
+
+
+def _own_group(ranks: Sequence[int]) -> Group:
     # Of its own: SGLang's may be in use at the same time, on another thread.
     timeout = timedelta(seconds=deadlines.PLAN_S)
     group = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
@@ -262,19 +347,22 @@ def _decline(reasons: tuple[str, ...]) -> None:
 def _announce(runtime: Runtime) -> None:
     if state.rank != 0:
         return
-    config = state.config
-    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
-    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
     logger.info(
-        "TokenWeave ACTIVE: %s, tp=%d, %stransport=%s | prefill woven: >= %d tokens | "
-        "fused unsplit: %s | decode woven: %s | buffer: %d tokens%s",
+        "TokenWeave ACTIVE: %s, tp=%d, %stransport=%s | %s | buffer: %d tokens%s",
         state.model,
         state.tp_size,
         f"pipeline stage {state.pp_rank + 1} of {state.pp_size}, " if state.pp_size > 1 else "",
         runtime.transport.name,
-        config.min_tokens,
-        fuse,
-        decode,
+        state.tuned.summary() if state.tuned else _thresholds(state.config),
         runtime.buffer.capacity,
         "".join(f" | not active: {note}" for note in state.notes),
+    )
+
+
+def _thresholds(config: TokenWeaveConfig) -> str:
+    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
+    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
+    return (
+        f"prefill woven: >= {config.min_tokens} tokens | fused unsplit: {fuse} | "
+        f"decode woven: {decode}"
     )

@@ -56,6 +56,7 @@ class Runtime:
         self.buffer = buffer
         self._checked = checked
         self.stats = Stats()
+        self.runs_stock = False  # the batch under way, whatever the table says: it is compared
         self.is_active = False  # until the attention backends of the halves exist
         self._backends: tuple[Any, ...] = ()
 
@@ -67,7 +68,7 @@ class Runtime:
     def plan(self, batch: Any) -> tuple[BatchShape, Plan] | None:
         """Plan a ForwardBatch from what all ranks know alike; None: not a batch of ours."""
         mode = _mode_of(batch)
-        if not self.is_active or mode is None:
+        if not self.is_active or self.runs_stock or mode is None:
             return None
         lengths = lengths_of(batch)
         if not lengths or min(lengths) < 1:

@@ -6,7 +6,7 @@ The releases differ in places; nothing outside this file knows which one is inst
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -111,6 +111,29 @@ def new_attention_backend(model_runner: Any) -> Any:
     if translator is not None:
         translator.bind_and_verify_backends([backend])
     return backend
+
+
+def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **values: Any) -> Any:
+    """Return a ForwardBatch of prompts or of decoding requests that asks for nothing special."""
+    module = "model_executor.forward_batch_info:"
+    modes, batch_type = _resolve(module + "ForwardMode"), _resolve(module + "ForwardBatch")
+    mode = modes.DECODE if is_decode else modes.EXTEND
+    for name in ("num_token_non_padded_cpu", "global_num_token_non_padded_cpu"):  # from 0.5.21
+        if name in {field.name for field in fields(batch_type)}:
+            values[name] = num_tokens
+    batch = batch_type(
+        forward_mode=mode,
+        global_forward_mode=mode,
+        return_logprob=False,
+        spec_algorithm=model_runner.spec_algorithm,
+        capture_hidden_mode=_resolve(module + "CaptureHiddenMode").NULL,
+        **values,
+    )
+    # From 0.5.23 the KV slots of a batch are bound before it runs.
+    bind = getattr(getattr(model_runner, "kv_index_translator", None), "bind_runner_slots", None)
+    if bind is not None:
+        bind(batch)
+    return batch
 
 
 def graph_owns_forward() -> bool:

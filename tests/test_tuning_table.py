@@ -260,6 +260,12 @@ def test_a_loss_chosen_by_hand_is_honoured_where_it_was_measured():
     assert plan.kind is Kind.WEAVE
 
 
+def test_a_loss_chosen_by_hand_is_honoured_between_two_sizes_too():
+    plans = plan_table(table(bucket(64, WEAVE, weave=130.0), bucket(512, WEAVE, weave=130.0)))
+    assert {plans.lookup(Mode.PREFILL, size).max_extra_permille for size in (65, 511)} == {None}
+    assert set(kinds(plans, sizes=range(64, 513)).values()) == {Kind.WEAVE}
+
+
 def test_the_cut_moves_by_the_offset_and_stays_inside():
     layer, sms = KEY.layer, KEY.sms - 8
     for offset in (-9999, -256, 0, 256, 9999):

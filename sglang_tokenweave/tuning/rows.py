@@ -50,7 +50,8 @@ def _gap(key: Key, below: Bucket, above: Bucket) -> PlanRow:
     if less.chosen.kind is Kind.WEAVE:
         sides = (below, above)
         gain = min(gain_permille(side) for side in sides)
-        allowed = max(0, max(_extra(key, side) for side in sides) + gain)
+        if gain > 0:  # else a person chose a loss, and knows why
+            allowed = max(_extra(key, side) for side in sides) + gain
     return _row(below.mode, below.tokens + 1, less.chosen, allowed)
 
 
