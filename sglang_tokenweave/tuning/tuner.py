@@ -161,15 +161,18 @@ def _sizes(model_runner: Any, runtime: Runtime) -> list[tuple[Mode, int]]:
 
 
 def _describe(bucket: Bucket) -> str:
-    off, chosen = bucket.time_of(OFF), bucket.time_of(bucket.chosen)
-    rest = "" if bucket.chosen == OFF else f" {chosen.us:.0f} us,"
-    return f"{bucket.mode} {bucket.tokens} tokens: {shown(bucket.chosen)}{rest} off {off.us:.0f} us"
+    off = bucket.time_of(OFF)
+    if bucket.chosen == OFF:
+        return f"{bucket.mode} {bucket.tokens} tokens: off, {off.us:.0f} us"
+    us = bucket.time_of(bucket.chosen).us
+    return (
+        f"{bucket.mode} {bucket.tokens} tokens: {shown(bucket.chosen)}, {us:.0f} us, "
+        f"off {off.us:.0f} us"
+    )
 
 
 def shown(candidate: Candidate) -> str:
-    """Return a candidate in a few words."""
-    if candidate.kind is Kind.OFF:
-        return "off,"
+    """Return a candidate that does something, in a few words."""
     words = [f"{candidate.fuse_ctas} CTAs alone"]
     if candidate.kind is Kind.WEAVE:
         words = [f"{candidate.ctas} CTAs beside", *words]
