@@ -274,7 +274,8 @@ def _table(model_runner: Any, group: Any) -> PlanTable:
     """Return the table to plan with from now on."""
     config = state.config
     try:
-        state.tuned = tuner.find(config, _key(model_runner), as_group(group.cpu_group))
+        if config.table or config.tune != "off":
+            state.tuned = tuner.find(config, _key(model_runner), as_group(group.cpu_group))
     except TableError as error:  # the same on all ranks
         _do_without_table(str(error))
     if state.tuned is not None:
