@@ -123,6 +123,16 @@ def test_reports_are_plain_and_count_choices_by_hand(path):
     assert odd.summary().endswith("not kept")
 
 
+def test_only_force_writes_to_the_named_file(path):
+    before = path.read_text()
+    kept = tuner._keep(config(table=str(path), tune="auto"), OTHER)
+    assert kept == str(cache.path_of(KEY))
+    assert path.read_text() == before
+    assert tuner._keep(config(table=str(path), tune="force"), OTHER) == str(path)
+    assert path.read_text() == to_text(OTHER)
+    assert tuner._keep(config(table=str(path / "no" / "folder"), tune="force"), OTHER) == ""
+
+
 def test_what_may_be_tried_depends_on_who_moves_the_bytes():
     kernel = tuner.space(config(transport="peer"), KEY)
     assert (kernel.ctas, kernel.fuse_ctas) == ((4, 8, 16), (8, 16, 32))

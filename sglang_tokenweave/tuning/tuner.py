@@ -181,7 +181,7 @@ def shown(candidate: Candidate) -> str:
 
 
 def _keep(config: TokenWeaveConfig, table: Table) -> str:
-    if not config.table:
+    if not config.table or config.tune != "force":  # a file that was only given stays as it is
         path = cache.store(table)
         return str(path) if path else ""
     try:
