@@ -122,7 +122,7 @@ def test_other_releases_of_sglang_run_the_same_batches(
     version: str, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     cold = {"XDG_CACHE_HOME": str(tmp_path)}
-    flags = (*SIZES, "--tokenweave-tune", "auto", "--tokenweave-tune-seconds", "8")
+    flags = (*SIZES, "--tokenweave-tune", "auto", "--tokenweave-tune-seconds", "60")
     with Server(model("llama"), flags=flags, environment=cold, sglang=version) as server:
         state = server.tokenweave()
     assert state is not None
@@ -159,7 +159,7 @@ def test_tune_writes_a_table_and_leaves_nothing(
     model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "shipped.yaml"
-    done = _tune(output, model("llama"), tmp_path, "--tokenweave-tune-seconds", "5")
+    done = _tune(output, model("llama"), tmp_path, "--tokenweave-tune-seconds", "60")
     assert done.returncode == 0, done.stderr
     assert "TokenWeave tuned in" in done.stderr
     table, _ = read_file(output)

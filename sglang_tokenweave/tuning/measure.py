@@ -21,7 +21,7 @@ from sglang_tokenweave.tuning.table import Candidate
 
 
 class NotMeasurableError(RuntimeError):
-    """A candidate did not run as planned, so its time would be another one's."""
+    """No time was found, or one that would not be the candidate's: it did not run as planned."""
 
 
 class Meter:

@@ -14,7 +14,7 @@ from sglang_tokenweave.config import TokenWeaveConfig
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.tuning import cache, text
-from sglang_tokenweave.tuning.measure import Meter
+from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
 from sglang_tokenweave.tuning.nodes import TableError
 from sglang_tokenweave.tuning.search import Space, bucket_sizes, search
 from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table
@@ -93,7 +93,8 @@ def measure(
     else. In the end they compare what they found.
 
     Raises:
-        NotMeasurableError: a candidate did not run as planned; on all ranks.
+        NotMeasurableError: a candidate did not run as planned, or there was no time for any size;
+            on all ranks.
         DisagreementError: the ranks found different tables.
         LostRankError: some rank did not take part.
     """
@@ -111,6 +112,8 @@ def measure(
                 meter.spent_s(),
                 _describe(bucket),
             )
+    if not buckets:  # the same on all ranks
+        raise NotMeasurableError("no size ran five times: give more --tokenweave-tune-seconds")
     now = group.gather(datetime.now(UTC).strftime(_TIME_FORMAT))[0]
     table = Table(key, now, tuple(buckets))
     compare("the measured table", _digest(text.to_text(table)), group)
