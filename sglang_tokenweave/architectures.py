@@ -82,17 +82,29 @@ def own_reductions_left_out(architecture: Architecture, inner: Any) -> Iterator[
         yield
 
 
-def layer_shape(config: Any, world_size: int) -> LayerShape:
-    """Return the GEMMs of one decoder layer on one rank, from the model's configuration."""
+def layer_sizes(config: Any) -> dict[str, int]:
+    """Return the sizes of one decoder layer, from the model's configuration.
+
+    By name: hidden, heads, kv_heads, head_dim, intermediate (of one expert, if there are several),
+    experts (1: a dense model) and top_k.
+    """
     heads = config.num_attention_heads
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     expert_width = getattr(config, "moe_intermediate_size", None) if experts else None
-    dense = dense_layer(
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", heads),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=expert_width or config.intermediate_size,
-        world_size=world_size,
-    )
-    return moe_layer(dense, experts, config.num_experts_per_tok) if experts else dense
+    return {
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", heads),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "intermediate": expert_width or config.intermediate_size,
+        "experts": experts or 1,
+        "top_k": config.num_experts_per_tok if experts else 1,
+    }
+
+
+def layer_shape(config: Any, world_size: int) -> LayerShape:
+    """Return the GEMMs of one decoder layer on one rank, from the model's configuration."""
+    sizes = layer_sizes(config)
+    experts, top_k = sizes.pop("experts"), sizes.pop("top_k")
+    dense = dense_layer(**sizes, world_size=world_size)
+    return moe_layer(dense, experts, top_k) if experts > 1 else dense

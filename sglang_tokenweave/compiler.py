@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import re
-import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from sglang_tokenweave import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ _FORMAT = 1  # of cache entries: raise it when their content changes
 # With -v, ptxas writes registers and spills into the log. Line numbers cost nothing at run time.
 # NVRTC's own cache answers without a log, and the log is where the resources are read from.
 _OPTIONS = ("--std=c++20", "-lineinfo", "--ptxas-options=-v", "--no-cache")
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _HEADER_SUFFIXES = {".cuh", ".h", ".hpp", ".inl"}
 
 
@@ -127,10 +126,7 @@ def default_cache() -> Path:
     Raises:
         RuntimeError: this user has no home folder.
     """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative paths ignored.
-    root = named if named.is_absolute() else Path.home() / ".cache"
-    return root / "sglang_tokenweave" / "kernels"
+    return user_cache.folder("kernels")
 
 
 def _key(sources: Path, file: str, expression: str, options: list[str]) -> str:
@@ -238,17 +234,9 @@ def _text(program: Any, what: str) -> str:
 def _usable_cache(cache: Path | None) -> Path | None:
     try:
         folder = default_cache() if cache is None else cache
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        user_cache.make_private(folder)
     except (OSError, RuntimeError) as error:
         _warn(f"compiling without a cache: {error}")
-        return None
-    owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
-    if owner != os.geteuid():
-        _warn(f"compiling without a cache: {folder} belongs to uid {owner}, not {os.geteuid()}")
-        return None
-    if mode & _OTHERS_WRITE:
-        _warn(f"compiling without a cache: others may write to {folder} (mode {mode:o}); chmod 700")
         return None
     return folder
 
@@ -256,18 +244,14 @@ def _usable_cache(cache: Path | None) -> Path | None:
 def _load(folder: Path, key: str) -> Compiled | None:
     entry = folder / f"{key}.kernel"
     try:
-        with open(entry, "rb", opener=_open_itself) as stream:
-            status = os.fstat(stream.fileno())
-            content = stream.read() if stat.S_ISREG(status.st_mode) else b""
+        content = user_cache.read(entry)
     except FileNotFoundError:
         return None
     except OSError as error:
         _warn(f"compiling again: {error}")
         return None
-    checksum, _, body = content.partition(b"\n")
-    # Where others may write, a right checksum proves nothing: everyone can compute it.
-    is_ours = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_WRITE
-    found = _parse(body) if is_ours and checksum == _checksum(key, body) else None
+    checksum, _, body = (content or b"").partition(b"\n")
+    found = _parse(body) if content and checksum == _checksum(key, body) else None
     if found is None:
         _warn(f"compiling again: {entry} is damaged or foreign")
     return found
@@ -282,24 +266,13 @@ def _parse(body: bytes) -> Compiled | None:
         return None  # no damage does this: somebody wrote another content with its checksum
 
 
-def _open_itself(path: str, flags: int) -> int:
-    """Open what stands at a path, not what a link there leads to, and wait for no pipe's writer."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
 def _publish(folder: Path, key: str, compiled: Compiled) -> None:
     fields = asdict(compiled)
     cubin = fields.pop("cubin")
     body = json.dumps(fields).encode() + b"\n" + cubin
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
-        try:
-            with open(handle, "wb") as stream:
-                stream.write(_checksum(key, body) + b"\n" + body)
-            # Atomic: whoever else compiles the same replaces it by the same.
-            os.replace(temporary, folder / f"{key}.kernel")
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        # Whoever else compiles the same replaces it by the same.
+        user_cache.write(folder / f"{key}.kernel", _checksum(key, body) + b"\n" + body)
     except OSError as error:
         # Without the file's name, which is another one for each kernel: one warning.
         _warn(f"compiled kernels are not kept: {folder}: {error.strerror}")

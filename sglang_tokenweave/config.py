@@ -12,7 +12,8 @@ from typing import Any, Self
 
 ENVIRONMENT_VARIABLE = "SGLANG_TOKENWEAVE"
 TRANSPORTS = ("auto", "reference", "peer", "multicast")
-CHOICES = {"transport": TRANSPORTS, "engine": ("kernel", "copy")}
+TUNE = ("off", "auto", "force")
+CHOICES = {"transport": TRANSPORTS, "engine": ("kernel", "copy"), "tune": TUNE}
 
 
 class ConfigError(ValueError):
@@ -52,6 +53,15 @@ class TokenWeaveConfig:
     )
     ctas: int = _option(8, "CTAs of the communication op beside a computation; an even number")
     fuse_ctas: int = _option(16, "CTAs of the op when nothing runs beside it; an even number")
+    tune: str = _option(
+        "off",
+        "who says from which size to weave: 'off' the options here, 'auto' a table that was "
+        "measured, now if there is none yet, 'force' a new one",
+    )
+    tune_seconds: int = _option(90, "longest that a measurement at start may take")
+    table: str = _option(
+        "", "file of a tuned table to use instead of the kept one; with force, to write"
+    )
     align_chunks: bool = _option(
         False, "shrink prefill chunks to totals without a broken GEMM wave"
     )
@@ -79,6 +89,7 @@ class TokenWeaveConfig:
                 f"{self.transport!r}; the copy engines serve the transport peer only"
             )
         self._check_at_least("min_tokens", 2)
+        self._check_at_least("tune_seconds", 1)
         for name in ("fuse_min_tokens", "decode_min_tokens", "log_interval"):
             self._check_at_least(name, 0)
         if self.decode_min_tokens == 1:

@@ -8,6 +8,7 @@ from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
 from sglang_tokenweave.config import ENVIRONMENT_VARIABLE, TokenWeaveConfig, export
 from sglang_tokenweave.preflight import check_plugin
+from sglang_tokenweave.tuning import given
 
 
 class Engine(SGLangEngine):  # type: ignore[misc] # SGLang has no type information
@@ -22,9 +23,10 @@ class Engine(SGLangEngine):  # type: ignore[misc] # SGLang has no type informati
 
         Raises:
             ConfigError: an option is unknown, out of range, or contradicts another one.
+            TableError: the file of a tuned table cannot be used.
         """
         options = {"enabled": True, **(tokenweave or {})}
-        TokenWeaveConfig.from_mapping(options)
+        given.check(TokenWeaveConfig.from_mapping(options))
         check_plugin()
         before = os.environ.get(ENVIRONMENT_VARIABLE)
         export(options)

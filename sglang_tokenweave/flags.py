@@ -51,11 +51,22 @@ def check_arguments(result: Any, *args: Any, **kwargs: Any) -> None:
     us out of the workers.
     """
     config = read_or_exit()
+    _check_table(config)
     reason = refusals.launch_reason(result) if config.enabled else None
     if reason and config.strict:
         _exit(f"TokenWeave is strict and cannot be active: {reason}")
     if reason:
         _say(f"TokenWeave is NOT active, the server runs stock: {reason}")
+
+
+def _check_table(config: TokenWeaveConfig) -> None:
+    # Not at the top: most of SGLang's processes need no tables.
+    from sglang_tokenweave.tuning import given
+
+    try:
+        given.check(config)
+    except ValueError as error:
+        _exit(str(error))
 
 
 def read_or_exit() -> TokenWeaveConfig:

@@ -45,6 +45,7 @@ class WovenGraphs:
         buffer: SymmetricBuffer,
         backends: Sequence[Any],
         attention_columns: int,
+        make_batch: Callable[..., Any],
     ) -> None:
         """Allocate what batches are brought to.
 
@@ -52,11 +53,13 @@ class WovenGraphs:
             run: the woven layers, from normalised rows in the slots to normalised rows there.
             backends: SGLang's attention backends, one for each half, of these graphs alone.
             attention_columns: of attention's output on this rank.
+            make_batch: returns SGLang's ForwardBatch of prompts with the fields that it is given.
         """
         self._run = run
         self._transport = transport
         self._buffer = buffer
         self._backends = backends
+        self._make_batch = make_batch
         rows, like = buffer.capacity, buffer.tensor
         self._positions = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self._cache_slots = torch.zeros_like(self._positions)
@@ -118,13 +121,12 @@ class WovenGraphs:
         slot = self._buffer.slot(start, stop)
         owned = slot.owned_rows(self._transport.rank, self._transport.world_size)
         positions = self._positions[start:stop]
-        batch = seams.prefill_batch(
-            slots=REQUEST_SLOTS,
-            prefix=start,
+        batch = self._make_batch(
+            **_one_request(start, stop, positions.device),
             positions=positions,
             out_cache_loc=self._cache_slots[start:stop],
             # One half's is read before the other's is written.
-            attention_output=self._attention[: stop - start],
+            _attn_output=self._attention[: stop - start],
         )
         backend.init_forward_metadata_out_graph(batch, in_capture=True)
         return Half(
@@ -161,3 +163,24 @@ class WovenGraphs:
 def _fill(static: torch.Tensor, rows: torch.Tensor) -> None:
     static[: rows.shape[0]].copy_(rows)
     static[rows.shape[0] :].zero_()
+
+
+def _one_request(start: int, stop: int, device: torch.device) -> dict[str, Any]:
+    """Return fields of a ForwardBatch: tokens of one request, and slots of requests without any."""
+    rest = (REQUEST_SLOTS - 1) * [0]
+    lengths, prefixes = [stop - start, *rest], [start, *rest]
+    ends = torch.tensor([stop, *rest])
+    return {
+        "num_tokens": stop - start,
+        "batch_size": REQUEST_SLOTS,
+        "input_ids": torch.zeros(stop - start, dtype=torch.int64, device=device),
+        "req_pool_indices": torch.zeros(REQUEST_SLOTS, dtype=torch.int64, device=device),
+        "seq_lens": ends.to(device),
+        "seq_lens_cpu": ends,
+        "seq_lens_sum": stop,
+        "extend_num_tokens": stop - start,
+        "extend_seq_lens": torch.tensor(lengths, device=device),
+        "extend_seq_lens_cpu": lengths,
+        "extend_prefix_lens": torch.tensor(prefixes, device=device),
+        "extend_prefix_lens_cpu": prefixes,
+    }

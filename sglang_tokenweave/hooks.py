@@ -20,6 +20,7 @@ class Role(StrEnum):
     FLAGS = "flags"  # the command line; registered even when TokenWeave is off
     WEAVE = "weave"  # weaving itself
     REPORT = "report"  # metrics, /server_info, the log line
+    GUARD = "guard"  # plans that lose on the live load are dropped
     NUDGE = "nudge"  # --tokenweave-align-chunks
 
 
@@ -76,7 +77,15 @@ HOOKS = (
         handler=install.after_init_cuda_graphs,
         parameters=("self",),
         role=Role.WEAVE,
-        why="the woven forward is captured beside SGLang's own graphs",
+        why="beside SGLang's own graphs the woven ones are captured, and candidates can be timed",
+    ),
+    Hook(
+        target=_SRT + "model_executor.model_runner.ModelRunner.forward",
+        kind="AROUND",
+        handler=install.around_forward,
+        parameters=("self", "forward_batch"),
+        role=Role.GUARD,
+        why="every batch, in a graph or not: now and then one is timed and compared with stock",
     ),
     Hook(
         target=_SRT + "model_executor.runner.prefill_cuda_graph_runner"

@@ -1,7 +1,6 @@
 """Decide at load whether this model is woven, and put the woven forward in place if it is."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,14 +9,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave import architectures, deadlines, refusals, seams, topology, transports
-from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather, step
+from sglang_tokenweave import (
+    architectures,
+    capturing,
+    deadlines,
+    refusals,
+    seams,
+    topology,
+    transports,
+)
+from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gather
 from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
-from sglang_tokenweave.plan import Kind, PlanTable
+from sglang_tokenweave.plan import PlanTable
 from sglang_tokenweave.refusals import ModelFacts
 from sglang_tokenweave.runtime import Model, Runtime
-from sglang_tokenweave.split import UnsplittableError
+from sglang_tokenweave.tuning import here, tuner
+from sglang_tokenweave.tuning.live import Live
+from sglang_tokenweave.tuning.measure import NotMeasurableError
+from sglang_tokenweave.tuning.nodes import TableError
+from sglang_tokenweave.tuning.rows import plan_table
+from sglang_tokenweave.tuning.table import LEAST_SMS, Key
+from sglang_tokenweave.tuning.tuner import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +41,6 @@ _NORM_VARIANTS = (
     "variance_size_override",
     "cast_x_before_out_mul",
 )
-LEAST_SMS = 16  # below that a GEMM beside the communication would be the slower of the two
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
 
@@ -44,6 +56,8 @@ class State:
     runtime: Runtime | None = None
     reasons: tuple[str, ...] = ()  # why it does not weave
     notes: tuple[str, ...] = ()  # what else is not active
+    tuned: Tuned | None = None  # the table that it plans with; None: the thresholds
+    live: Live | None = None  # compares batches with stock
     model: str = ""
     rank: int = 0
     tp_size: int = 1
@@ -73,6 +87,7 @@ def after_load_model(result: None, model_runner: Any) -> None:
 
     Raises:
         RefusedError: the server is strict and this model or this setting cannot be woven.
+        DisagreementError: the ranks were given different tables.
     """
     if model_runner.is_draft_worker:
         return
@@ -89,8 +104,9 @@ def after_load_model(result: None, model_runner: Any) -> None:
     if reasons:
         _decline(reasons)
         return
+    table = _table(model_runner, group)
     try:
-        _install(model_runner)
+        _install(model_runner, table)
     except DisagreementError as error:  # the same on all ranks
         _decline((str(error),))
 
@@ -118,54 +134,44 @@ def after_init_attention_backends(result: None, model_runner: Any) -> None:
     _announce(runtime)
 
 
-def after_init_cuda_graphs(result: None, model_runner: Any, *_: Any, **__: Any) -> None:
-    """Capture the woven forward beside SGLang's own graphs (AFTER hook on `init_cuda_graphs`)."""
+def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Measure a table if one is wanted and none is there, capture graphs, guard (AFTER hook).
+
+    The last moment before requests: whatever stock runs, its graphs included, can be timed.
+
+    Raises:
+        RefusedError: the server is strict and the table cannot be measured.
+        DisagreementError: the ranks measured different tables.
+    """
     runtime = state.runtime
-    if runtime is None or not runtime.is_active or model_runner.is_draft_worker:
+    if runtime is None or not state.is_active or model_runner.is_draft_worker:
         return
-    sizes = runtime.sizes_to_capture(seams.graph_sizes(model_runner))
-    reason = refusals.graph_reason(model_runner.prefill_attention_backend_str)
-    if not runtime.model.place.is_whole:
-        reason = "not with a pipeline"
-    if not sizes or reason:
-        state.notes += (f"CUDA graphs of the weave ({reason or 'stock prefill has none'})",)
-        return
-    free_bytes, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+    if state.config.tune != "off" and state.tuned is None:
+        _measure(model_runner, runtime)
+    if model_runner.device != "cpu":
+        _capture(model_runner, runtime)
+    if state.tuned is not None and state.pp_size == 1:
+        ranks = runtime.model.place.group.ranks
+        state.live = Live(runtime, _own_group(ranks), torch.device(model_runner.device))
 
-    def capture() -> None:
-        try:
-            backends = [seams.captured_attention_backend(model_runner) for _ in range(2)]
-            with seams.forward_context(model_runner):
-                runtime.capture(sizes, backends)
-        except Exception as error:  # of kernels, allocators and backends alike: weave without
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
-    try:
-        step("capturing", runtime.model.place.group.cpu_group, capture)
-    except DisagreementError as error:
-        runtime.graphs = None
-        state.notes += (f"CUDA graphs of the weave ({error})",)
-        logger.warning("TokenWeave: no CUDA graphs of the weave: %s", error)
-        return
-    if state.rank == 0:
-        logger.info(
-            "TokenWeave captured %d CUDA graphs of up to %d tokens in %.1f s, %.2f GiB",
-            len(sizes),
-            sizes[-1],
-            time.perf_counter() - began,
-            (free_bytes - torch.cuda.mem_get_info()[0]) / 2**30,
-        )
+def around_forward(
+    original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Compare a batch with stock now and then (AROUND hook on `ModelRunner.forward`)."""
+
+    def run() -> Any:
+        return original(runner, forward_batch, *args, **kwargs)
+
+    if state.live is None or runner.is_draft_worker:
+        return run()
+    return state.live.forward(run, forward_batch)
 
 
 def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool:
     """Keep batches that are planned otherwise away from the stock graph (AROUND hook)."""
     runtime = state.runtime
-    try:
-        planned = runtime.plan(forward_batch) if runtime else None
-    except UnsplittableError:
-        planned = None
-    # Stock's graph of a size that is fused holds the fused op.
-    if planned is not None and planned[1].kind is Kind.WEAVE:
+    if runtime is not None and runtime.exceeds_stock_graph(forward_batch):
         return False
     return bool(original(runner, forward_batch))
 
@@ -225,7 +231,7 @@ def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for ballot in ballots for reason in ballot))
 
 
-def _install(model_runner: Any) -> None:
+def _install(model_runner: Any, table: PlanTable) -> None:
     config = state.config
     device = torch.device(model_runner.device)
     hf_config = model_runner.model_config.hf_config
@@ -239,13 +245,6 @@ def _install(model_runner: Any) -> None:
     except DisagreementError:
         transport.close()
         raise
-    table = PlanTable.from_thresholds(
-        min_tokens=config.min_tokens,
-        fuse_min_tokens=config.fuse_min_tokens,
-        decode_min_tokens=config.decode_min_tokens,
-        ctas=config.ctas,
-        fuse_ctas=config.fuse_ctas,
-    )
     architecture = architectures.ARCHITECTURES[state.model]
     model = Model(
         inner=inner,
@@ -257,13 +256,76 @@ def _install(model_runner: Any) -> None:
         layer=architectures.layer_shape(hf_config, state.tp_size),
         num_sms=_num_sms(device),
     )
-    checked = _checking_group(place.group.ranks) if config.check_plans else None
+    checked = _own_group(place.group.ranks) if config.check_plans else None
     state.runtime = Runtime(model, table, transport, buffer, checked)
     # On the instance: other models of this class (drafts) keep their stock forward.
     inner.forward = state.runtime.forward
 
 
-def _checking_group(ranks: Sequence[int]) -> Group:
+def _measure(model_runner: Any, runtime: Runtime) -> None:
+    if state.pp_size > 1:
+        _do_without_table("not measured with pipeline stages")
+        return
+    group = as_group(runtime.model.place.group.cpu_group)
+    try:
+        state.tuned = tuner.measure(state.config, _key(model_runner), group, model_runner, runtime)
+    except NotMeasurableError as error:  # the same on all ranks
+        _do_without_table(str(error))
+        return
+    runtime.table = plan_table(state.tuned.table)
+
+
+def _capture(model_runner: Any, runtime: Runtime) -> None:
+    problem = capturing.why_not(model_runner, runtime)
+    if problem is None:
+        try:
+            runtime.graphs = capturing.capture_all(model_runner, runtime)
+        except DisagreementError as error:
+            problem = str(error)
+            logger.warning("TokenWeave: no CUDA graphs of the weave: %s", error)
+    if problem is not None:
+        state.notes += (f"CUDA graphs of the weave ({problem})",)
+
+
+def _table(model_runner: Any, group: Any) -> PlanTable:
+    """Return the table to plan with from now on."""
+    config = state.config
+    try:
+        if config.table or config.tune != "off":
+            state.tuned = tuner.find(config, _key(model_runner), as_group(group.cpu_group))
+    except TableError as error:  # the same on all ranks
+        _do_without_table(str(error))
+    if state.tuned is not None:
+        return plan_table(state.tuned.table)
+    return PlanTable.from_thresholds(
+        min_tokens=config.min_tokens,
+        fuse_min_tokens=config.fuse_min_tokens,
+        decode_min_tokens=config.decode_min_tokens,
+        ctas=config.ctas,
+        fuse_ctas=config.fuse_ctas,
+    )
+
+
+def _key(model_runner: Any) -> Key:
+    device = torch.device(model_runner.device)
+    return here.key_of(
+        model_runner,
+        device=device,
+        sms=_num_sms(device),
+        tp_size=state.tp_size,
+        transport=transports.resolve(state.config.transport, device),
+    )
+
+
+def _do_without_table(problem: str) -> None:
+    if state.config.strict:
+        raise RefusedError(f"TokenWeave is strict and cannot use a tuned table: {problem}")
+    state.notes += (f"tuned table: {problem}",)
+    if state.rank == state.pp_rank == 0:
+        logger.warning("TokenWeave plans by thresholds, without a tuned table: %s", problem)
+
+
+def _own_group(ranks: Sequence[int]) -> Group:
     # Of its own: SGLang's may be in use at the same time, on another thread.
     timeout = timedelta(seconds=deadlines.PLAN_S)
     group = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
@@ -303,19 +365,22 @@ def _decline(reasons: tuple[str, ...]) -> None:
 def _announce(runtime: Runtime) -> None:
     if state.rank != 0:
         return
-    config = state.config
-    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
-    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
     logger.info(
-        "TokenWeave ACTIVE: %s, tp=%d, %stransport=%s | prefill woven: >= %d tokens | "
-        "fused unsplit: %s | decode woven: %s | buffer: %d tokens%s",
+        "TokenWeave ACTIVE: %s, tp=%d, %stransport=%s | %s | buffer: %d tokens%s",
         state.model,
         state.tp_size,
         f"pipeline stage {state.pp_rank + 1} of {state.pp_size}, " if state.pp_size > 1 else "",
         runtime.transport.name,
-        config.min_tokens,
-        fuse,
-        decode,
+        state.tuned.summary() if state.tuned else _thresholds(state.config),
         runtime.buffer.capacity,
         "".join(f" | not active: {note}" for note in state.notes),
+    )
+
+
+def _thresholds(config: TokenWeaveConfig) -> str:
+    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
+    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
+    return (
+        f"prefill woven: >= {config.min_tokens} tokens | fused unsplit: {fuse} | "
+        f"decode woven: {decode}"
     )

@@ -4,15 +4,14 @@ A pure function of integers that every rank knows: a rank that decided otherwise
 others.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, Self
 
-from sglang_tokenweave.waves import LayerShape, best_cut
+from sglang_tokenweave.waves import LayerShape, best_cut, extra_permille
 
 
 class Mode(StrEnum):
@@ -92,6 +91,8 @@ class PlanRow:
     kind: Kind
     ctas: int = 0
     fuse_ctas: int = 0
+    cut_offset: int = 0  # tokens added to the cut that the waves of the layer ask for
+    max_extra_permille: int | None = None  # of the whole's waves that a cut may add; None: any
 
     def __post_init__(self) -> None:
         _check_member("mode", self.mode, Mode)
@@ -99,6 +100,10 @@ class PlanRow:
         _check_member("kind", self.kind, Kind)
         _check_count("ctas", self.ctas, least=0)
         _check_count("fuse_ctas", self.fuse_ctas, least=0)
+        if type(self.cut_offset) is not int:
+            raise ValueError(f"cut_offset: got {self.cut_offset!r}; expected an integer")
+        if self.max_extra_permille is not None:
+            _check_count("max_extra_permille", self.max_extra_permille, least=0)
 
 
 @dataclass(frozen=True)
@@ -160,26 +165,6 @@ class PlanTable:
             if fuse_min_tokens and (not weave_from or fuse_min_tokens < weave_from):
                 rows.append(PlanRow(mode, fuse_min_tokens, Kind.FUSE, fuse_ctas=fuse_ctas))
         return cls(tuple(rows))
-
-    def to_json(self) -> str:
-        """Return the table as JSON, the same text for the same table."""
-        return json.dumps({"rows": [asdict(row) for row in self.rows]})
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read a table that `to_json` or a person wrote.
-
-        Raises:
-            ValueError: the text is no table; the error names row and field.
-        """
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:  # of the syntax, 4300 digits, nesting
-            raise ValueError(f"rows: the text is not JSON ({error}): {text[:80]!r}") from error
-        entries = document.get("rows") if isinstance(document, dict) else None
-        if type(entries) is not list:
-            raise ValueError(f"rows: got {text[:80]!r}; expected a JSON object with this list")
-        return cls(tuple(_read_row(index, entry) for index, entry in enumerate(entries)))
 
 
 def plan_batch(
@@ -250,8 +235,7 @@ def _plan(batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, 
     reason = ""
     if row is not None and row.kind is Kind.WEAVE:
         if batch.num_tokens > align:  # then a multiple of it lies inside; align=1: two tokens
-            cut = _cut(batch, row, layer, num_sms, align)
-            return Plan(Kind.WEAVE, cut, row.ctas, row.fuse_ctas)
+            return _weave(batch, row, layer, num_sms, align)
         reason = f"too few tokens to cut at a multiple of {align}"
         row = table.lookup(batch.mode, batch.num_tokens, weave=False)
     if row is not None and row.kind is Kind.FUSE:
@@ -263,27 +247,18 @@ def _why_off(row: PlanRow | None, mode: Mode) -> str:
     return "off in the table" if row else f"smaller than any {mode} row of the table"
 
 
-def _cut(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, align: int) -> int:
-    if num_sms - row.ctas < 2:
+def _weave(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, align: int) -> Plan:
+    sms = num_sms - row.ctas
+    if sms < 2:
         raise ValueError(f"num_sms: got {num_sms}; {row.ctas} CTAs leave too few of them to GEMMs")
-    return best_cut(batch.lengths, layer, num_sms - row.ctas, align)
-
-
-def _read_row(index: int, entry: Any) -> PlanRow:
-    names = [field.name for field in fields(PlanRow)]
-    if type(entry) is not dict:
-        raise ValueError(f"row {index}: got {entry!r}; expected an object with {', '.join(names)}")
-    for name in sorted({*names} ^ {*entry}):
-        problem = "missing" if name in names else f"unknown; expected {', '.join(names)}"
-        raise ValueError(f"row {index}, field {name}: {problem}")
-    values = dict(entry)
-    for name, members in (("mode", Mode), ("kind", Kind)):
-        if values[name] in [*members]:
-            values[name] = members(values[name])
-    try:
-        return PlanRow(**values)
-    except ValueError as error:
-        raise ValueError(f"row {index}, field {error}") from error
+    wanted = best_cut(batch.lengths, layer, sms, align) + row.cut_offset
+    last = (batch.num_tokens - 1) // align * align
+    cut = min(max(wanted // align * align, align), last)
+    if row.max_extra_permille is not None:
+        extra = extra_permille(layer, batch.num_tokens, cut, sms)
+        if extra > row.max_extra_permille:
+            return Plan(Kind.OFF, reason=f"the halves take {extra / 10:g} % more waves")
+    return Plan(Kind.WEAVE, cut, row.ctas, row.fuse_ctas)
 
 
 def _order(row: PlanRow) -> tuple[str, int]:

@@ -29,6 +29,7 @@ def server_info(current: State) -> dict[str, Any]:
         "pp_size": current.pp_size,
         "transport": current.runtime.transport.name if current.runtime else "",
         "config": current.config.as_dict(),
+        "tuned": current.tuned.as_dict() if current.tuned else None,
         **stats.as_dict(),
     }
 
@@ -110,6 +111,7 @@ def _create_metrics(labels: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": metric("tokens", "Tokens by mode and plan.", "mode", "plan"),
         "cuts": metric("cuts", "Woven batches by where the cut fell.", "position"),
         "fallbacks": metric("fallbacks", "Batches that ran stock though planned.", "reason"),
+        "drops": metric("drops", "Plans that lost on the live load.", "mode", "tokens"),
     }
 
 

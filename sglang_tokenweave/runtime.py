@@ -69,6 +69,7 @@ class Runtime:
         self.buffer = buffer
         self._checked = checked
         self.stats = Stats()
+        self.runs_stock = False  # the batch under way, whatever the table says: it is compared
         self.is_active = False  # until the attention backends of the halves exist
         self.graphs: WovenGraphs | None = None
         self._captured: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own graphs, by tokens
@@ -81,18 +82,10 @@ class Runtime:
 
     def sizes_to_capture(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Return which numbers of tokens are woven: for them a graph is worth its memory."""
-        return tuple(size for size in sizes if self._plan_to_capture(size).kind is Kind.WEAVE)
+        return tuple(size for size in sizes if self.plan_to_capture(size).kind is Kind.WEAVE)
 
-    def capture(self, sizes: Sequence[int], backends: Sequence[Any]) -> None:
-        """Capture the woven forward for batches of up to these numbers of tokens."""
-        layer = self.model.inner.layers[self.model.inner.start_layer]
-        attention = getattr(layer, self.model.architecture.attention)
-        columns = attention.o_proj.input_size_per_partition
-        graphs = WovenGraphs(self.weave, self.transport, self.buffer, backends, columns)
-        graphs.capture((size, self._plan_to_capture(size)) for size in sizes)
-        self.graphs = graphs
-
-    def _plan_to_capture(self, num_tokens: int) -> Plan:
+    def plan_to_capture(self, num_tokens: int) -> Plan:
+        """Plan a prefill of so many tokens for a graph."""
         shape = BatchShape(Mode.PREFILL, (num_tokens,))
         align = _GRAPH_ROWS if num_tokens >= 4 * _GRAPH_ROWS else 1
         if num_tokens > self.buffer.capacity:
@@ -102,7 +95,7 @@ class Runtime:
     def plan(self, batch: Any) -> tuple[BatchShape, Plan] | None:
         """Plan a ForwardBatch from what all ranks know alike; None: not a batch of ours."""
         mode = _mode_of(batch)
-        if not self.is_active or mode is None:
+        if not self.is_active or self.runs_stock or mode is None:
             return None
         lengths = lengths_of(batch)
         if not lengths or min(lengths) < 1:
@@ -174,6 +167,17 @@ class Runtime:
         plan = plan_unsplit(mode, num_tokens, self.table)
         self._captured[mode, num_tokens] = plan.kind
         return plan
+
+    def exceeds_stock_graph(self, batch: Any) -> bool:
+        """Whether SGLang's own graph of a batch's size does less than is planned."""
+        try:
+            planned = self.plan(batch)
+        except UnsplittableError:
+            return False
+        if planned is None or planned[1].kind is Kind.OFF:
+            return False
+        shape, plan = planned
+        return plan.kind is not self.kind_in_graph(shape.mode, shape.num_tokens)
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
         """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""

@@ -6,7 +6,7 @@ The releases differ in places; nothing outside this file knows which one is inst
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -113,48 +113,27 @@ def new_attention_backend(model_runner: Any) -> Any:
     return backend
 
 
-def prefill_batch(
-    *,
-    slots: int,
-    prefix: int,
-    positions: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    attention_output: torch.Tensor,
-) -> Any:
-    """Return a ForwardBatch of one request, to capture with; the other slots have no tokens.
-
-    Args:
-        slots: requests that the attention metadata has room for.
-        prefix: tokens of the request that come before these.
-        positions: `[num_tokens]` int64.
-        out_cache_loc: `[num_tokens]` int64, where keys and values go.
-        attention_output: `[num_tokens, columns]`, where attention writes.
-    """
-    module = importlib.import_module(_SRT + "model_executor.forward_batch_info")
-    num_tokens = positions.shape[0]
-    prefixes = [prefix, *(slots - 1) * [0]]
-    lengths = [num_tokens, *(slots - 1) * [0]]
-    ends = torch.tensor([prefix + num_tokens, *(slots - 1) * [0]])
-    mode = module.ForwardMode.EXTEND
-    return module.ForwardBatch(
+def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **values: Any) -> Any:
+    """Return a ForwardBatch of prompts or of decoding requests that asks for nothing special."""
+    module = "model_executor.forward_batch_info:"
+    modes, batch_type = _resolve(module + "ForwardMode"), _resolve(module + "ForwardBatch")
+    mode = modes.DECODE if is_decode else modes.EXTEND
+    for name in ("num_token_non_padded_cpu", "global_num_token_non_padded_cpu"):  # from 0.5.21
+        if name in {field.name for field in fields(batch_type)}:
+            values[name] = num_tokens
+    batch = batch_type(
         forward_mode=mode,
         global_forward_mode=mode,
-        batch_size=slots,
-        input_ids=torch.zeros_like(positions),
-        req_pool_indices=torch.zeros(slots, dtype=torch.int64, device=positions.device),
-        seq_lens=ends.to(positions.device),
-        seq_lens_cpu=ends,
-        seq_lens_sum=prefix + num_tokens,
-        out_cache_loc=out_cache_loc,
-        positions=positions,
-        extend_num_tokens=num_tokens,
-        extend_seq_lens=torch.tensor(lengths, device=positions.device),
-        extend_seq_lens_cpu=lengths,
-        extend_prefix_lens=torch.tensor(prefixes, device=positions.device),
-        extend_prefix_lens_cpu=prefixes,
-        capture_hidden_mode=module.CaptureHiddenMode.NULL,
-        _attn_output=attention_output,
+        return_logprob=False,
+        spec_algorithm=model_runner.spec_algorithm,
+        capture_hidden_mode=_resolve(module + "CaptureHiddenMode").NULL,
+        **values,
     )
+    # From 0.5.23 the KV slots of a batch are bound before it runs.
+    bind = getattr(getattr(model_runner, "kv_index_translator", None), "bind_runner_slots", None)
+    if bind is not None:
+        bind(batch)
+    return batch
 
 
 def forward_context(model_runner: Any) -> Any:

@@ -16,6 +16,8 @@ class Stats:
     tokens: Counter[tuple[str, str]] = field(default_factory=Counter)  # (mode, plan)
     cuts: Counter[str] = field(default_factory=Counter)  # "inside" or "between" requests
     fallbacks: Counter[str] = field(default_factory=Counter)  # reason
+    # Plans that lost on the live load: (mode, smallest number of tokens)
+    drops: Counter[tuple[str, str]] = field(default_factory=Counter)
     num_batches: int = 0
 
     def count(self, mode: Mode, kind: Kind, num_tokens: int) -> None:
@@ -37,6 +39,7 @@ class Stats:
             "tokens": _nested(self.tokens),
             "cuts": {where: self.cuts[where] for where in ("inside", "between")},
             "fallbacks": dict(self.fallbacks),
+            "drops": [{"mode": mode, "tokens": int(tokens)} for mode, tokens in self.drops],
         }
 
 

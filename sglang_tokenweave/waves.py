@@ -100,6 +100,16 @@ def layer_waves(layer: LayerShape, num_tokens: int, num_sms: int) -> int:
     return sum(waves(gemm, num_tokens, num_sms) for gemm in layer.gemms)
 
 
+def extra_permille(layer: LayerShape, num_tokens: int, cut: int, num_sms: int) -> int:
+    """Return by how much the halves' waves exceed those of the whole, in 1/1000 of these.
+
+    Rounded up, and 0 where they do not. An upper bound of the computation that a cut adds.
+    """
+    whole = layer_waves(layer, num_tokens, num_sms)
+    halves = sum(layer_waves(layer, part, num_sms) for part in (cut, num_tokens - cut))
+    return _ceil_div(1000 * max(halves - whole, 0), whole) if whole else 0
+
+
 def predicted_us(gemm: GemmShape, num_tokens: int, num_sms: int) -> float:
     """Predict the time of a bf16 GEMM that runs alone, in microseconds, with its fastest tile.
 

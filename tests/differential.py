@@ -2,8 +2,8 @@
 
 `python tests/differential.py --requests 20000 --output docs/reliability/differential.json` starts
 both on the CPU (TP=2, float32) and asks them block by block, one after the other, with many
-requests in flight. Before, it asks stock a block twice: so far apart are two runs of stock. Exit
-status 0: no answer differs.
+requests in flight. Before, it asks stock a block twice: so far apart are two runs of stock. With
+`--first`, several runs side by side share the requests. Exit status 0: no answer differs.
 
 A difference counts as a tie if rounding can bring it about: asked again, each alone, both servers
 report log probabilities at that token with which the sampler may choose either (see `seeded`).
@@ -268,23 +268,23 @@ def _judge(
 
 
 def compare_all(
-    servers: Servers, num_requests: int, num_controls: int, see: Callable[[Run], None]
+    servers: Servers, wanted: range, controls: range, see: Callable[[Run], None]
 ) -> Run:
     """Compare stock with itself, then with woven, block by block; call `see` after each."""
     run = Run()
-    for numbers in _blocks(num_controls):
+    for numbers in _blocks(controls):
         compare_block(run.control, numbers, CONTROL, servers.stock, servers.stock)
-    for numbers in _blocks(num_requests):
+    for numbers in _blocks(wanted):
         compare_block(run.woven, numbers, MIX, servers.stock, servers.woven)
         run.state = servers.woven.tokenweave() or {}
-        run.is_over = numbers.stop == num_requests
+        run.is_over = numbers.stop == wanted.stop
         see(run)
     return run
 
 
-def _blocks(count: int) -> Iterator[range]:
-    for start in range(0, count, BLOCK):
-        yield range(start, min(start + BLOCK, count))
+def _blocks(numbers: range) -> Iterator[range]:
+    for start in range(numbers.start, numbers.stop, BLOCK):
+        yield range(start, min(start + BLOCK, numbers.stop))
 
 
 def write(output: Path, command: str, run: Run) -> None:
@@ -332,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Compare a stock and a woven server.")
     parser.add_argument("--requests", type=int, required=True)
+    parser.add_argument("--first", type=int, default=0, help="number of the first request")
     parser.add_argument("--controls", type=int, default=500, help="stock against itself")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -349,7 +350,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_row("all", run.woven, "all"), flush=True)
 
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as servers:
-        run = compare_all(servers, options.requests, options.controls, see)
+        wanted, controls = (
+            range(options.first, options.first + count)
+            for count in (options.requests, options.controls)
+        )
+        run = compare_all(servers, wanted, controls, see)
     return 1 if run.woven.different["all"] else 0
 
 

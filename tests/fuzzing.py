@@ -17,7 +17,11 @@ with atheris.instrument_imports(include=["sglang_tokenweave", "launch.docker.kno
     from sglang_tokenweave.config import ENVIRONMENT_VARIABLE, ConfigError, TokenWeaveConfig
     from sglang_tokenweave.doctor import answers
     from sglang_tokenweave.doctor.facts import Failure, Nvrtc
-    from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
+    from sglang_tokenweave.tuning import text
+    from sglang_tokenweave.tuning.nodes import TableError
+    from sglang_tokenweave.tuning.rows import plan_table
+
+from tuned_tables import WEAVE, bucket, table
 
 KEY = "0" * 64
 
@@ -43,10 +47,11 @@ def read_knobs(data):
 
 def read_table(data):
     try:
-        table = PlanTable.from_json(data.decode(errors="replace"))
-    except ValueError:
+        read = text.from_text(data.decode(errors="replace"))
+    except TableError:
         return
-    assert PlanTable.from_json(table.to_json()) == table
+    assert text.from_text(text.to_text(read)) == read
+    plan_table(read)
 
 
 def read_entry(data):
@@ -67,15 +72,22 @@ def read_answer(data):
 
 
 # Each with inputs to start from: what is good leads further than what is empty.
-ROW = PlanRow(Mode.PREFILL, 1024, Kind.WEAVE, 8, 16)
+TUNED = text.to_text(table(bucket(64), bucket(1024, WEAVE), bucket(2048, WEAVE)))
 TARGETS = {
     read_environment: ('{"enabled": true, "strict": false, "min_tokens": 512, "ctas": 4}',),
     read_knobs: ("TP=2\nPORT=80\nTOKENWEAVE_CTAS=4\nEXTRA_ARGS=--a 'b c'", "DEVICE=cpu"),
-    read_table: (PlanTable((ROW,)).to_json(), '{"rows": []}'),
+    read_table: (TUNED, text.to_text(table())),
     read_entry: ('{"name": "f", "resources": {}, "ptx": null}', "x"),
     read_answer: (answers.to_text(Nvrtc((13, 0), (90,))), answers.to_text(Failure("a", "b"))),
 }
-WORDS = [*TokenWeaveConfig().as_dict(), *(knob.name for knob in knobs.table()), "null", "true"]
+WORDS = [
+    *TokenWeaveConfig().as_dict(),
+    "fuse",
+    "spread_us",
+    *(knob.name for knob in knobs.table()),
+    "null",
+    "true",
+]
 
 
 def one_input(data):

@@ -18,7 +18,8 @@ def other_value(option) -> str:
         return "1"
     if option.type is int:
         return str(option.default + 2)
-    return {"transport": "reference", "engine": "copy"}[option.name]
+    others = {"transport": "reference", "engine": "copy", "tune": "auto", "table": "/t.yaml"}
+    return others[option.name]
 
 
 def command(arguments: tuple[str, ...] = (), **environment: str) -> list[str]:

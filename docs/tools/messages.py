@@ -22,7 +22,9 @@ _DEVICE = ("cuda/*.cu", "cuda/*.cuh")
 # Calls that tell people something, by the name of the function or method.
 _CALLS = {"error", "warning", "exception", "critical", "_warn"}
 _PRINTS = {"print", "say"}  # where an exception is handled
-_NOT_MESSAGES = {"_summary"}  # functions that return other texts than reasons and problems
+# Functions that return other texts than reasons and problems.
+_NOT_MESSAGES = {"_summary", "summary", "_describe", "_thresholds", "_column"}
+_NOT_MESSAGES |= {"_where", "_why", "_verdict"}  # what `explain` says
 _LEAST_WORDS = 3  # of a returned or collected text that is no name and no format
 
 

@@ -1,0 +1,82 @@
+"""Capture the woven forward in CUDA graphs where that can be: on all ranks or on none."""
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_tokenweave import refusals, seams
+from sglang_tokenweave.agreement import step
+from sglang_tokenweave.graphs import WovenGraphs
+from sglang_tokenweave.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+def why_not(model_runner: Any, runtime: Runtime) -> str | None:
+    """Return why this server has no graphs of the weave, alike on all ranks; None: it can."""
+    if not seams.graph_sizes(model_runner):
+        return "stock prefill has none"
+    if not runtime.model.place.is_whole:
+        return "not with a pipeline"
+    return refusals.graph_reason(model_runner.prefill_attention_backend_str)
+
+
+def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenGraphs:
+    """Capture a graph for each number of tokens, as the runtime's table has it now.
+
+    A collective call.
+
+    Raises:
+        DisagreementError: on all ranks, if capturing failed on any.
+    """
+    layer = runtime.model.inner.layers[runtime.model.inner.start_layer]
+    attention = getattr(layer, runtime.model.architecture.attention)
+
+    def make() -> WovenGraphs:
+        graphs = WovenGraphs(
+            runtime.weave,
+            runtime.transport,
+            runtime.buffer,
+            [seams.captured_attention_backend(model_runner) for _ in range(2)],
+            attention.o_proj.input_size_per_partition,
+            partial(seams.forward_batch, model_runner, is_decode=False),
+        )
+        with seams.forward_context(model_runner):
+            graphs.capture((size, runtime.plan_to_capture(size)) for size in sizes)
+        return graphs
+
+    def make_or_say_why() -> WovenGraphs:
+        try:
+            return make()
+        except Exception as error:  # of kernels, allocators and backends alike: weave without
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return step("capturing", runtime.model.place.group.cpu_group, make_or_say_why)
+
+
+def capture_all(model_runner: Any, runtime: Runtime) -> WovenGraphs | None:
+    """Capture for the sizes of stock's graphs that are woven, and say so; None: none is.
+
+    A collective call.
+
+    Raises:
+        DisagreementError: on all ranks, if capturing failed on any.
+    """
+    sizes = runtime.sizes_to_capture(seams.graph_sizes(model_runner))
+    if not sizes:
+        return None
+    free_bytes, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+    graphs = capture(model_runner, runtime, sizes)
+    if runtime.transport.rank == 0:
+        logger.info(
+            "TokenWeave captured %d CUDA graphs of up to %d tokens in %.1f s, %.2f GiB",
+            len(sizes),
+            sizes[-1],
+            time.perf_counter() - began,
+            (free_bytes - torch.cuda.mem_get_info()[0]) / 2**30,
+        )
+    return graphs

@@ -1,0 +1,82 @@
+"""Notice that a plan loses on the live load, and drop it: a pure state machine, fed with times.
+
+A table is measured on an idle machine. Later, clocks fall, neighbours move in, requests are of
+other lengths. So now and then a batch that would be woven or fused runs stock, and the next one of
+its kind runs as planned: a pair. The pair is lost if the planned one took longer for each token.
+
+The rule is Wald's sequential probability ratio test (1945) of "half of the pairs are lost or fewer"
+against "three quarters are". While the first is true the ratio is a martingale that starts at 1, so
+it reaches 1000 with a probability of at most 1/1000 (Ville's inequality): that is the rate of false
+alarms of a test. A plan that loses every pair is dropped after 18 of them. Where the ratio falls
+below 1/20 the plan has proved itself, and a new test begins: it may lose later.
+
+All ranks drop together: they count the same batches, pair the same ones, and are fed with the times
+of the slowest rank.
+"""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+PERIOD = 64  # eligible batches of a bucket from one pair to the next
+_LOST = math.log(0.75 / 0.5)
+_WON = math.log(0.25 / 0.5)
+_DROP = math.log(1000)
+_PROVEN = math.log(1 / 20)
+
+
+@dataclass
+class Bucket:
+    """The batches that one row of the table plans."""
+
+    batches: int = 0  # eligible ones
+    stock_us: float | None = None  # for each token, of the pair's first batch
+    evidence: float = 0.0  # logarithm of the likelihood ratio: above 0 for "it loses"
+    pairs: int = 0
+    lost: int = 0
+    is_dropped: bool = False
+
+
+@dataclass
+class Guard:
+    """Decides which batches of each bucket run stock for comparison, and which buckets always."""
+
+    period: int = PERIOD
+    buckets: dict[Hashable, Bucket] = field(default_factory=dict)
+
+    def runs_stock(self, key: Hashable) -> bool:
+        """Count a batch that a row plans; return whether it runs stock all the same."""
+        bucket = self.buckets.setdefault(key, Bucket())
+        if bucket.is_dropped:
+            return True
+        bucket.batches += 1
+        return bucket.batches % self.period == self.period - 1
+
+    def is_sampled(self, key: Hashable) -> bool:
+        """Whether the batch counted last is one of a pair, so that its time is wanted."""
+        bucket = self.buckets[key]
+        place = bucket.batches % self.period
+        is_second = place == 0 and bucket.batches > 0
+        return not bucket.is_dropped and (is_second or place == self.period - 1)
+
+    def add(self, key: Hashable, *, is_stock: bool, us: float, num_tokens: int) -> bool:
+        """Take a sampled batch's time on the slowest rank; return whether that drops the plan."""
+        bucket = self.buckets[key]
+        if is_stock:
+            bucket.stock_us = us / num_tokens
+            return False
+        if bucket.stock_us is None or bucket.is_dropped:
+            return False
+        is_lost = us / num_tokens > bucket.stock_us
+        bucket.stock_us = None
+        bucket.pairs += 1
+        bucket.lost += is_lost
+        bucket.evidence += _LOST if is_lost else _WON
+        if bucket.evidence < _PROVEN:
+            bucket.evidence = 0.0
+        bucket.is_dropped = bucket.evidence >= _DROP
+        return bucket.is_dropped
+
+    def dropped(self) -> list[Hashable]:
+        """Return the buckets whose plans lost."""
+        return [key for key, bucket in self.buckets.items() if bucket.is_dropped]

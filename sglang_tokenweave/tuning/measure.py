@@ -1,0 +1,144 @@
+"""Time candidates on the loaded model: whole forward passes, as SGLang will run them.
+
+OFF is whatever stock SGLang does with such a batch, its graphs included; a candidate is what the
+real Runtime does with it. A time is that of the slowest rank, and so is the clock: all ranks see
+the same numbers, so that a search that decides by them does the same on all of them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang_tokenweave import capturing, dummy, seams
+from sglang_tokenweave.agreement import DisagreementError, Group
+from sglang_tokenweave.graphs import WovenGraphs
+from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
+from sglang_tokenweave.runtime import Runtime
+from sglang_tokenweave.stats import Stats
+from sglang_tokenweave.tuning.table import Candidate
+
+
+class NotMeasurableError(RuntimeError):
+    """No time was found, or one that would not be the candidate's: it did not run as planned."""
+
+
+class Meter:
+    """Runs batches of a model that serves nobody yet, and times them."""
+
+    def __init__(self, model_runner: Any, runtime: Runtime, group: Group) -> None:
+        """Start the clock; `group` holds the ranks that run the model together."""
+        self._model_runner = model_runner
+        self._runtime = runtime
+        self._group = group
+        is_on_cpu = model_runner.device == "cpu"
+        self._why_no_graphs = "on a CPU" if is_on_cpu else capturing.why_not(model_runner, runtime)
+        self._captured_tokens = 0
+        self._captured: dict[Candidate, WovenGraphs | None] = {}
+        self._warm: set[tuple[Candidate, Mode, int]] = set()
+        self._began = time.perf_counter()
+        self._spent_s = 0.0
+
+    def spent_s(self) -> float:
+        """Return the seconds from the start to the end of the last measurement, on all ranks."""
+        return self._spent_s
+
+    def measure(
+        self, candidates: Sequence[Candidate], mode: Mode, tokens: int, rounds: int
+    ) -> list[list[float]]:
+        """Return the times of each candidate in us, one a round; a collective call.
+
+        Every round runs all candidates once, after the ranks have met. Before its first round a
+        candidate runs once untimed: kernels are chosen and memory is allocated then.
+
+        Raises:
+            NotMeasurableError: a candidate did not run as planned; on all ranks.
+        """
+        times: list[list[float]] = [[] for _ in candidates]
+        lengths = dummy.lengths(self._model_runner, mode, tokens)
+        with self._aside(), dummy.borrowed_rows(self._model_runner, lengths) as slots:
+
+            def run(candidate: Candidate) -> float:
+                batch = dummy.batch(self._model_runner, mode, lengths, slots)
+                self._runtime.table = _always(mode, candidate)
+                self._runtime.graphs = self._graphs_of(candidate, mode, tokens)
+                return _time_us(lambda: self._model_runner.forward(batch), slots[0].device)
+
+            for candidate in candidates:
+                if (candidate, mode, tokens) not in self._warm:
+                    run(candidate)
+                    self._warm.add((candidate, mode, tokens))
+            for _ in range(rounds):
+                self._group.gather(None)
+                for candidate, found in zip(candidates, times, strict=True):
+                    found.append(run(candidate))
+            problems = dict(self._runtime.stats.fallbacks)
+        return self._agree(times, problems)
+
+    def _graphs_of(self, candidate: Candidate, mode: Mode, tokens: int) -> WovenGraphs | None:
+        """Return the graph that a candidate would run in, of which there is none on a CPU."""
+        if candidate.kind is not Kind.WEAVE or mode is Mode.DECODE:
+            return None
+        if self._why_no_graphs or tokens > max(seams.graph_sizes(self._model_runner)):
+            return None
+        if tokens != self._captured_tokens:  # those of another size have served
+            self._captured_tokens, self._captured = tokens, {}
+        if candidate not in self._captured:
+            try:
+                graphs = capturing.capture(self._model_runner, self._runtime, (tokens,))
+            except DisagreementError:  # on all ranks: such a server would do without, too
+                graphs = None
+            self._captured[candidate] = graphs
+        return self._captured[candidate]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave the runtime's table, graphs and counters as they were."""
+        table, graphs, stats = self._runtime.table, self._runtime.graphs, self._runtime.stats
+        self._runtime.stats = Stats()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._runtime.table, self._runtime.graphs = table, graphs
+            self._runtime.stats = stats
+
+    def _agree(self, times: list[list[float]], problems: dict[str, int]) -> list[list[float]]:
+        spent_s = time.perf_counter() - self._began
+        ranks = self._group.gather((times, spent_s, problems))
+        self._spent_s = max(spent for _, spent, _ in ranks)
+        reasons = sorted({reason for _, _, found in ranks for reason in found})
+        if reasons:
+            raise NotMeasurableError(f"a batch ran stock though planned: {', '.join(reasons)}")
+        by_candidate = zip(*(measured for measured, _, _ in ranks), strict=True)
+        return [[max(of_round) for of_round in zip(*each, strict=True)] for each in by_candidate]
+
+
+def _always(mode: Mode, candidate: Candidate) -> PlanTable:
+    row = PlanRow(
+        mode,
+        1,
+        candidate.kind,
+        ctas=candidate.ctas,
+        fuse_ctas=candidate.fuse_ctas,
+        cut_offset=candidate.cut_offset,
+    )
+    return PlanTable((row,))
+
+
+def _time_us(run: Callable[[], object], device: torch.device) -> float:
+    """Return how long the device works on what `run` starts, the wait for its start included."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e6
+    event: Any = torch.cuda.Event  # untyped
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()  # on the stream that the model runs on: side streams are joined to it
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1000

@@ -1,0 +1,210 @@
+"""Which table a server plans with: a given one, the kept one, or one that is measured now."""
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sglang_tokenweave import dummy, user_cache
+from sglang_tokenweave.agreement import Group, compare
+from sglang_tokenweave.config import TokenWeaveConfig
+from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.runtime import Runtime
+from sglang_tokenweave.tuning import cache, text
+from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
+from sglang_tokenweave.tuning.nodes import TableError
+from sglang_tokenweave.tuning.search import Space, bucket_sizes, search
+from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table
+
+logger = logging.getLogger(__name__)
+SMALLEST_PREFILL = 64  # tokens; below, stock has the better kernels for everything
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A table in use, and where it comes from."""
+
+    table: Table
+    source: str  # "file", "cache" or "measured"
+    path: str  # empty: it could not be kept
+    seconds: float  # that it took to get it
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for reports."""
+        return {
+            "source": self.source,
+            "path": self.path,
+            "seconds": round(self.seconds, 3),
+            "measured_at": self.table.measured_at,
+            "age_s": _age_s(self.table.measured_at),
+            "sizes": len(self.table.buckets),
+            "edited": sum(bucket.is_edited for bucket in self.table.buckets),
+        }
+
+    def summary(self) -> str:
+        """Return it as one line of a log."""
+        facts = self.as_dict()
+        edited = f", {facts['edited']} choices made by hand" if facts["edited"] else ""
+        return (
+            f"tuned table ({self.source}, {facts['sizes']} sizes, measured {facts['measured_at']}"
+            f"{edited}) {self.path or 'not kept'}"
+        )
+
+
+def find(config: TokenWeaveConfig, key: Key, group: Group) -> Tuned | None:
+    """Return the given table, else the kept one; None: there is none. A collective call.
+
+    Every rank reads a given file, which may be one on each host, and they compare what they read.
+    Of kept tables rank 0's counts, and all others get its text.
+
+    Raises:
+        TableError: the given file is no table, or of another key or engine; on all ranks.
+        DisagreementError: the ranks read different files.
+        LostRankError: some rank did not take part.
+    """
+    began = time.perf_counter()
+    if config.table and config.tune != "force":
+        read = _read_given(Path(config.table), group)
+        differences = read.key.differences(key)
+        if differences:
+            raise TableError(f"table {config.table} is of another key: {differences}")
+        if not _has_engine(read, config.engine):
+            raise TableError(f"table {config.table} needs another --tokenweave-engine than here")
+        return Tuned(read, "file", config.table, time.perf_counter() - began)
+    if config.tune != "auto":
+        return None
+    kept = group.gather(cache.load(key) if group.rank == 0 else None)[0]
+    table = text.from_text(kept) if kept is not None else None
+    if table is None or not _has_engine(table, config.engine):
+        return None
+    return Tuned(table, "cache", _path(key), time.perf_counter() - began)
+
+
+def measure(
+    config: TokenWeaveConfig, key: Key, group: Group, model_runner: Any, runtime: Runtime
+) -> Tuned:
+    """Measure a table, say so, and keep it; a collective call.
+
+    The ranks cannot differ: each sees the slowest rank's times and clock, and decides by nothing
+    else. In the end they compare what they found.
+
+    Raises:
+        NotMeasurableError: a candidate did not run as planned, or there was no time for any size;
+            on all ranks.
+        DisagreementError: the ranks found different tables.
+        LostRankError: some rank did not take part.
+    """
+    meter = Meter(model_runner, runtime, group)
+    sizes = _sizes(model_runner, runtime)
+    buckets: list[Bucket] = []
+    found = search(sizes, space(config, key), meter.measure, meter.spent_s, config.tune_seconds)
+    for bucket in found:
+        buckets.append(bucket)
+        if group.rank == 0:
+            logger.info(
+                "TokenWeave tunes, %d of %d sizes in %.1f s: %s",
+                len(buckets),
+                len(sizes),
+                meter.spent_s(),
+                _describe(bucket),
+            )
+    if not buckets:  # the same on all ranks
+        raise NotMeasurableError("no size ran five times: give more --tokenweave-tune-seconds")
+    now = group.gather(datetime.now(UTC).strftime(_TIME_FORMAT))[0]
+    table = Table(key, now, tuple(buckets))
+    compare("the measured table", _digest(text.to_text(table)), group)
+    path = _keep(config, table) if group.rank == 0 else ""
+    tuned = Tuned(table, "measured", group.gather(path)[0], meter.spent_s())
+    if group.rank == 0:
+        logger.info("TokenWeave tuned in %.1f s: %s", tuned.seconds, tuned.summary())
+    return tuned
+
+
+def space(config: TokenWeaveConfig, key: Key) -> Space:
+    """Return what may be tried: CTAs only where the op occupies some."""
+    ctas: tuple[int, ...] = (config.ctas,)
+    fuse_ctas: tuple[int, ...] = (config.fuse_ctas,)
+    if key.transport != "reference":
+        fuse_ctas = tuple(sorted({8, 16, 32, config.fuse_ctas}))
+        if config.engine == "kernel":
+            ctas = tuple(sorted({4, 8, 16, config.ctas}))
+    return Space(key.sms, ctas, fuse_ctas, config.engine)
+
+
+def _has_engine(table: Table, engine: str) -> bool:
+    chosen = [bucket.chosen for bucket in table.buckets]
+    return all(each.engine == engine for each in chosen if each.kind is Kind.WEAVE)
+
+
+def _read_given(path: Path, group: Group) -> Table:
+    try:
+        table, content = text.read_file(path)
+    except TableError as error:
+        compare(f"the table {path}", str(error), group)
+        raise
+    compare(f"the table {path}", _digest(content), group)
+    return table
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _sizes(model_runner: Any, runtime: Runtime) -> list[tuple[Mode, int]]:
+    """Return what can be a batch here: as much as the buffer and SGLang's memory hold."""
+    most = min(runtime.buffer.capacity, int(model_runner.max_total_num_tokens))
+    requests = min(most, int(model_runner.req_to_token_pool.size))
+    prefills = [(Mode.PREFILL, tokens) for tokens in bucket_sizes(most, SMALLEST_PREFILL)]
+    decodes = [(Mode.DECODE, tokens) for tokens in bucket_sizes(requests, 1)]
+    return [size for size in [*prefills, *decodes] if dummy.fits(model_runner, *size)]
+
+
+def _describe(bucket: Bucket) -> str:
+    off = bucket.time_of(OFF)
+    if bucket.chosen == OFF:
+        return f"{bucket.mode} {bucket.tokens} tokens: off, {off.us:.0f} us"
+    us = bucket.time_of(bucket.chosen).us
+    return (
+        f"{bucket.mode} {bucket.tokens} tokens: {shown(bucket.chosen)}, {us:.0f} us, "
+        f"off {off.us:.0f} us"
+    )
+
+
+def shown(candidate: Candidate) -> str:
+    """Return a candidate that does something, in a few words."""
+    words = [f"{candidate.fuse_ctas} CTAs alone"]
+    if candidate.kind is Kind.WEAVE:
+        words = [f"{candidate.ctas} CTAs beside", *words]
+        words += [f"cut {candidate.cut_offset:+d}"] if candidate.cut_offset else []
+    return f"{candidate.kind} ({', '.join(words)})"
+
+
+def _keep(config: TokenWeaveConfig, table: Table) -> str:
+    if not config.table or config.tune != "force":  # a file that was only given stays as it is
+        path = cache.store(table)
+        return str(path) if path else ""
+    try:
+        user_cache.write(Path(config.table), text.to_text(table).encode())
+    except OSError as error:
+        logger.warning("TokenWeave does not keep the table that it measured: %s", error)
+        return ""
+    return config.table
+
+
+def _path(key: Key) -> str:
+    try:
+        return str(cache.path_of(key))
+    except RuntimeError:  # no home folder here; rank 0 has one
+        return ""
+
+
+def _age_s(measured_at: str) -> float | None:
+    try:
+        then = datetime.strptime(measured_at, _TIME_FORMAT).replace(tzinfo=UTC)
+    except ValueError:  # a person wrote something else
+        return None
+    return round((datetime.now(UTC) - then).total_seconds(), 1)
