@@ -21,7 +21,7 @@ def test_nothing_fails_that_stock_does_not(tmp_path: Path) -> None:
     assert findings.new == []
     assert len(findings.requests) >= 45, "operations of /openapi.json"
     for operation in (OPERATION, "POST /v1/chat/completions", "POST /v1/completions"):
-        assert findings.requests[operation] >= 4
+        assert findings.requests[operation] >= 3
     assert findings.stock, "no answer failed a check: they were not checked"
     assert state is not None
     assert state["tokens"]["prefill"]["weave"] > 0
