@@ -10,7 +10,7 @@ from pathlib import Path
 import faults
 import pytest
 from faults import Fault, Undisturbed
-from server import Server
+from server import LONG_START_S, Server
 
 pytestmark = pytest.mark.server
 
@@ -34,7 +34,9 @@ def test_servers_side_by_side(
 ) -> None:
     # One rank has nothing to weave, and a strict server would say so and end.
     flags = {1: faults.FLAGS[1:], 2: faults.FLAGS}
-    servers = [Server(model("llama"), tp, flags=flags[tp]) for tp in sizes]
+    servers = [
+        Server(model("llama"), tp, flags=flags[tp], start_deadline_s=LONG_START_S) for tp in sizes
+    ]
     with ExitStack() as stack, ThreadPoolExecutor(len(sizes)) as pool:
         list(pool.map(stack.enter_context, servers))
         start = time.monotonic()
@@ -61,7 +63,12 @@ def test_restarts_leave_nothing_that_grows(
     environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
     left = []
     for _ in range(RESTARTS):
-        server = Server(model("llama"), flags=faults.FLAGS, environment=environment)
+        server = Server(
+            model("llama"),
+            flags=faults.FLAGS,
+            environment=environment,
+            start_deadline_s=LONG_START_S,
+        )
         start = time.monotonic()
         with server:
             fault.seconds = max(fault.seconds or 0, time.monotonic() - start)
