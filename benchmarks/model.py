@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.roles import by_size
 from benchmarks.roles import ctas as ctas_of
 from benchmarks.schema import load
-from sglang_tokenweave.waves import GemmShape, dense_layer, moe_layer, predicted_us
+from sglang_tokenweave.waves import GemmShape, predicted_us, transformer_layer
 
 ELEMENT_BYTES = 2
 CTAS_BESIDE = (2, 4, 8, 16)  # among which a tuner would choose
@@ -70,10 +70,16 @@ class Model:
 
     def gemms(self, world_size: int) -> tuple[GemmShape, ...]:
         """Return one rank's GEMMs of a layer: two of the attention, two of the MLP."""
-        dense = dense_layer(
-            self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate, world_size
+        layer = transformer_layer(
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate=self.intermediate,
+            experts=self.experts,
+            top_k=self.top_k,
+            world_size=world_size,
         )
-        layer = dense if self.experts == 1 else moe_layer(dense, self.experts, self.top_k)
         return layer.gemms
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_tokenweave import partials
-from sglang_tokenweave.waves import LayerShape, dense_layer, moe_layer
+from sglang_tokenweave.waves import LayerShape, transformer_layer
 from sglang_tokenweave.weave import Stage
 
 
@@ -104,7 +104,4 @@ def layer_sizes(config: Any) -> dict[str, int]:
 
 def layer_shape(config: Any, world_size: int) -> LayerShape:
     """Return the GEMMs of one decoder layer on one rank, from the model's configuration."""
-    sizes = layer_sizes(config)
-    experts, top_k = sizes.pop("experts"), sizes.pop("top_k")
-    dense = dense_layer(**sizes, world_size=world_size)
-    return moe_layer(dense, experts, top_k) if experts > 1 else dense
+    return transformer_layer(**layer_sizes(config), world_size=world_size)

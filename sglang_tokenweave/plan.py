@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, Self
 
-from sglang_tokenweave.waves import LayerShape, best_cut, extra_permille
+from sglang_tokenweave.waves import LayerShape, cut_beside, extra_permille
 
 
 class Mode(StrEnum):
@@ -251,9 +251,7 @@ def _weave(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, ali
     sms = num_sms - row.ctas
     if sms < 2:
         raise ValueError(f"num_sms: got {num_sms}; {row.ctas} CTAs leave too few of them to GEMMs")
-    wanted = best_cut(batch.lengths, layer, sms, align) + row.cut_offset
-    last = (batch.num_tokens - 1) // align * align
-    cut = min(max(wanted // align * align, align), last)
+    cut = cut_beside(batch.lengths, layer, sms, row.cut_offset, align)
     if row.max_extra_permille is not None:
         extra = extra_permille(layer, batch.num_tokens, cut, sms)
         if extra > row.max_extra_permille:

@@ -89,6 +89,25 @@ def moe_layer(dense: LayerShape, experts: int, top_k: int) -> LayerShape:
     return LayerShape((*attention, *grouped))
 
 
+def transformer_layer(
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    world_size: int,
+) -> LayerShape:
+    """Return one rank's GEMMs of a layer: of a dense one where `experts` is 1.
+
+    Raises:
+        ValueError: as of `dense_layer`.
+    """
+    dense = dense_layer(hidden, heads, kv_heads, head_dim, intermediate, world_size)
+    return dense if experts == 1 else moe_layer(dense, experts, top_k)
+
+
 def waves(gemm: GemmShape, num_tokens: int, num_sms: int) -> int:
     """Return the waves of a GEMM over `num_tokens` on `num_sms` SMs, in its counting tile."""
     _check_positive("num_tokens", num_tokens)
@@ -155,6 +174,17 @@ def best_cut(lengths: tuple[int, ...], layer: LayerShape, num_sms: int, align: i
     cuts = _best_cuts(sum(lengths), layer, num_sms, align)
     between = set(accumulate(lengths)) if len(cuts) > 1 else set()
     return min(cuts, key=lambda cut: (cut not in between, cut))
+
+
+def cut_beside(
+    lengths: tuple[int, ...], layer: LayerShape, num_sms: int, offset: int, align: int = 1
+) -> int:
+    """Return the cut that is `offset` tokens behind the best one, or the nearest that there is.
+
+    Args and errors are those of `best_cut`.
+    """
+    wanted = (best_cut(lengths, layer, num_sms, align) + offset) // align * align
+    return min(max(wanted, align), (sum(lengths) - 1) // align * align)
 
 
 @lru_cache(maxsize=4096)

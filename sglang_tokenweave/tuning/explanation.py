@@ -6,7 +6,7 @@ from typing import Any
 from sglang_tokenweave.plan import BatchShape, Kind, Plan, plan_batch
 from sglang_tokenweave.tuning.rows import plan_table
 from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table, noise_us
-from sglang_tokenweave.waves import best_cut, predicted_us
+from sglang_tokenweave.waves import cut_beside, predicted_us
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def _us(bucket: Bucket | None, candidate: Candidate) -> float | None:
 def _cut(key: Key, batch: BatchShape, candidate: Candidate) -> int:
     if candidate.kind is not Kind.WEAVE or batch.num_tokens < 2:
         return 0
-    cut = best_cut(batch.lengths, key.layer, key.sms - candidate.ctas) + candidate.cut_offset
-    return min(max(cut, 1), batch.num_tokens - 1)
+    sms = key.sms - candidate.ctas
+    return cut_beside(batch.lengths, key.layer, sms, candidate.cut_offset)
 
 
 def _predict(key: Key, batch: BatchShape, candidate: Candidate) -> float:

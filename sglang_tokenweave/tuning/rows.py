@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table
-from sglang_tokenweave.waves import best_cut, extra_permille
+from sglang_tokenweave.waves import cut_beside, extra_permille
 
 _ORDER = (Kind.OFF, Kind.FUSE, Kind.WEAVE)
 
@@ -63,5 +63,5 @@ def gain_permille(bucket: Bucket) -> int:
 
 def _extra(key: Key, bucket: Bucket) -> int:
     sms = key.sms - bucket.chosen.ctas
-    cut = best_cut((bucket.tokens,), key.layer, sms) + bucket.chosen.cut_offset
-    return extra_permille(key.layer, bucket.tokens, min(max(cut, 1), bucket.tokens - 1), sms)
+    cut = cut_beside((bucket.tokens,), key.layer, sms, bucket.chosen.cut_offset)
+    return extra_permille(key.layer, bucket.tokens, cut, sms)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from sglang_tokenweave.config import CHOICES
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning import checks
-from sglang_tokenweave.waves import LayerShape, dense_layer, moe_layer
+from sglang_tokenweave.waves import LayerShape, transformer_layer
 
 LEAST_ROUNDS = 5  # of a candidate that is chosen, and of OFF beside it
 NOISE = 0.015  # of OFF's time: a candidate that gains less may have gained nothing
@@ -54,15 +54,16 @@ class Key:
     @property
     def layer(self) -> LayerShape:
         """Return the GEMMs of one layer on one rank."""
-        dense = dense_layer(
+        return transformer_layer(
             hidden=self.hidden,
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             intermediate=self.intermediate,
+            experts=self.experts,
+            top_k=self.top_k,
             world_size=self.tp_size,
         )
-        return dense if self.experts == 1 else moe_layer(dense, self.experts, self.top_k)
 
     def differences(self, other: "Key") -> str:
         """Return the fields that differ, with both values; empty if the keys are equal."""
