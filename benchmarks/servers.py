@@ -1,8 +1,6 @@
 """Start and stop the servers that are compared, and ask them what they are."""
 
 import os
-import random
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -10,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import demo
+from launch import demo, ports
 from launch.processes import ProcessGroup
 from sglang_tokenweave import cpu
 
-HOST = "127.0.0.1"
+HOST = ports.HOST
 _STEP_S = 0.5
 _LOG_LINES = 30
 
@@ -107,21 +105,7 @@ def _tail(log: Path) -> str:
 
 
 def _free_port() -> int:
-    """Return a port that is free with its next 15, of which SGLang takes some.
-
-    Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
-    """
-    for base in random.sample(range(20000, 32000, 16), 200):
-        if all(map(_is_free, range(base, base + 16))):
-            return base
-    raise ServerError("no 16 free ports in a row between 20000 and 32000")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as candidate:
-        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            candidate.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+    base = ports.free_block()
+    if base is None:
+        raise ServerError("no 16 free ports in a row between 20000 and 32000")
+    return base

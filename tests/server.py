@@ -6,11 +6,9 @@ A subprocess always: SGLang ends its whole process tree when something in it rai
 import importlib.metadata
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any, ClassVar, Self
 
 import requests
 
+from launch import ports
 from sglang_tokenweave import cpu
 
 INSTALLED = importlib.metadata.version("sglang")
@@ -177,7 +176,7 @@ class Server:
         ]
         # SGLang's own sockets and locks there are called tmp*.
         left += [str(path) for path in self.folder.rglob("*tokenweave*")]
-        if not _is_free(self.port):
+        if not ports.is_free(self.port):
             left.append(f"a listener on port {self.port}")
         return left
 
@@ -360,23 +359,8 @@ def _session() -> requests.Session:
 
 
 def _free_port() -> int:
-    """Return a free port whose next 15 are free: SGLang counts up from --dist-init-addr.
-
-    Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
-    """
-    for base in random.Random().sample(range(20000, 32000, 16), 200):
-        # A server that is starting has not bound its ports yet.
-        is_taken = base in (server.port for server in Server.running)
-        if not is_taken and all(map(_is_free, range(base, base + 16))):
-            return base
-    raise AssertionError("no 16 free ports in a row between 20000 and 32000")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as candidate:
-        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            candidate.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    # A server that is starting has not bound its ports yet.
+    base = ports.free_block({server.port for server in Server.running})
+    if base is None:
+        raise AssertionError("no 16 free ports in a row between 20000 and 32000")
+    return base
