@@ -12,6 +12,7 @@ import pytest
 from compiling import HEADER, KERNEL, compile_with, run_child, start_child, write_sources
 from cuda.bindings import nvrtc
 from exchanging import Ranks
+from racing import race
 
 from sglang_tokenweave import compiler
 from sglang_tokenweave.compiler import CompileError
@@ -342,18 +343,7 @@ sys.stdin.readline()
 compiled = compile_it(Path("cache"))
 print(sha256(compiled.cubin).hexdigest(), compiled.name, compiled.resources)
 """
-    children = [start_child(code, sources) for _ in range(8)]
-    try:
-        for child in children:
-            assert child.stdout.readline() == "ready\n", child.communicate()[1]
-        for child in children:
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        results = [child.communicate(timeout=60) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * 8, results
+    results, _ = race([start_child(code, sources) for _ in range(8)], timeout_s=60)
     assert {said for _, said in results} == {""}
     assert len({printed for printed, _ in results}) == 1
     (entry,) = (sources / "cache").iterdir()

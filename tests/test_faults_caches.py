@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from compiling import CHILD, write_sources
 from faults import Fault
+from racing import race
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,19 +166,7 @@ def test_processes_race_on_a_damaged_cache(cache: Cache, folder: Path, fault: Fa
     (entry,) = (folder / "cache").iterdir()
     entry.write_bytes(cut(entry.read_bytes()))
     racers = [start_process(cache, folder, "wait") for _ in range(8)]
-    try:
-        for racer in racers:
-            assert racer.stdout.readline() == "ready\n", racer.communicate()[1]
-        start = time.monotonic()
-        for racer in racers:
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        results = [racer.communicate(timeout=120) for racer in racers]
-        fault.seconds = time.monotonic() - start
-    finally:
-        for racer in racers:
-            racer.kill()
-    assert [racer.returncode for racer in racers] == [0] * 8, results
+    results, fault.seconds = race(racers, timeout_s=120)
     assert {got for got, _ in results} == {good}
     assert all(cache.rejects in said for _, said in results if said)
     assert use(cache, folder) == (good, "")

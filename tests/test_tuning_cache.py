@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from racing import race
 from tuned_tables import KEY, WEAVE, bucket, table
 
 from sglang_tokenweave.tuning import cache
@@ -193,18 +194,7 @@ for _ in range(20):
     assert cache.store(table, folder)
     assert cache.load(table.key, folder)
 """
-    children = [start(code, tmp_path) for _ in range(8)]
-    try:
-        for child in children:
-            assert child.stdout.readline() == "ready\n", child.communicate()[1]
-        for child in children:
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        results = [child.communicate(timeout=60) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * 8, results
+    results, _ = race([start(code, tmp_path) for _ in range(8)], timeout_s=60)
     assert {said for _, said in results} == {""}
     (path,) = (tmp_path / "cache").iterdir()
     assert path.read_text() == to_text(GOOD)
