@@ -26,15 +26,12 @@ import load
 import recording
 import seeded
 from load import Mix, Request, Sample
-from server import LONG_START_S, Server
+from server import LONG_START_S, WEAVE, Server
 from workloads import LOGPROB_TOLERANCE
 
 from sglang_tokenweave.tiny_model import make_tiny_model
 
-FLAGS = (
-    *("--tokenweave-strict", "--tokenweave-min-tokens", "4"),
-    *("--tokenweave-decode-min-tokens", "2"),
-)
+FLAGS = ("--tokenweave-strict", *WEAVE)
 IN_FLIGHT = 16
 BLOCK = 250
 MIX = Mix(

@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import requests
 import workloads
-from server import Server, after_import
+from server import WEAVE, Server, after_import
 
 # Left out of an ordinary run: much the same happens in another test.
 rare = pytest.mark.skipif(
     os.environ.get("TOKENWEAVE_TEST_FAULTS") != "all", reason="runs with TOKENWEAVE_TEST_FAULTS=all"
 )
-FLAGS = (
-    "--tokenweave-strict",
-    *("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2"),
-)
+FLAGS = ("--tokenweave-strict", *WEAVE)
 
 
 @dataclass(frozen=True)

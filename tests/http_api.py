@@ -23,17 +23,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.core.failures import FailureGroup
 from schemathesis.generation import GenerationMode
-from server import LONG_START_S, Server
+from server import LONG_START_S, WEAVE, Server
 
 from sglang_tokenweave.tiny_model import make_tiny_model
 
 REQUEST_DEADLINE_S = 60
 GENERATION_S = 5  # of CPU time for an operation: invalid bodies of a large schema take minutes
 SEED = 1
-FLAGS = (
-    *("--tokenweave-strict", "--tokenweave-min-tokens", "4"),
-    *("--tokenweave-decode-min-tokens", "2"),
-)
+FLAGS = ("--tokenweave-strict", *WEAVE)
 # By what they do: after one of these, the requests that follow meet another server.
 EXCLUDED = {
     "stop, pause, slow down or resize the server": (

@@ -32,6 +32,8 @@ LAUNCHERS = {
     "off": ("-m", "sglang.launch_server"),  # installed, and not switched on
     "stock": ("-m", "sglang.launch_server"),  # as if not installed
 }
+# Whatever can be cut is woven.
+WEAVE = ("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2")
 START_DEADLINE_S = 180  # 15-30 s on two idle cores; a shared machine is several times slower
 LONG_START_S = 900  # of a long run, which may share its machine with anything
 STOP_DEADLINE_S = 40

@@ -25,15 +25,12 @@ import footprint
 import load
 import recording
 from load import Mix, Request
-from server import LONG_START_S, Server
+from server import LONG_START_S, WEAVE, Server
 from slopes import Slope, slope
 
 from sglang_tokenweave.tiny_model import make_tiny_model
 
-FLAGS = (
-    *("--tokenweave-strict", "--tokenweave-min-tokens", "4"),
-    *("--tokenweave-decode-min-tokens", "2", "--enable-metrics"),
-)
+FLAGS = ("--tokenweave-strict", *WEAVE, "--enable-metrics")
 LOOK_S = 4
 CANARY_EVERY = 40  # requests
 MOST_IN_FLIGHT = 400  # then the rate is more than the server can do, which proves nothing

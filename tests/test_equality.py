@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import workloads
-from server import Server
+from server import WEAVE, Server
 from workloads import WORKLOADS, Answers
 
 pytestmark = pytest.mark.server
 
-WEAVE = ("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2")
 FUSE = ("--tokenweave-fuse-min-tokens", "1", "--tokenweave-min-tokens", "100000")
 
 

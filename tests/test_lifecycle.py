@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import requests
 import workloads
-from server import Server
+from server import WEAVE, Server
 
 pytestmark = pytest.mark.server
 
-FLAGS = (
-    "--tokenweave-strict",
-    *("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2"),
-)
+FLAGS = ("--tokenweave-strict", *WEAVE)
 END_DEADLINE_S = 30
 
 

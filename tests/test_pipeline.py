@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 import workloads
-from server import INSTALLED, Server, after_import
+from server import INSTALLED, WEAVE, Server, after_import
 from workloads import Answers
 
 from sglang_tokenweave import cpu
 
 pytestmark = pytest.mark.server
 
-FLAGS = (
-    *("--pp-size", "2", "--enable-metrics", "--tokenweave-strict"),
-    *("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2"),
-)
+FLAGS = ("--pp-size", "2", "--enable-metrics", "--tokenweave-strict", *WEAVE)
 PLANS = ("off", "fuse", "weave")
 Batches = dict[tuple[str, str, str], int]  # number by stage, mode and plan
 SHORT = ("long_prompt", "chunked", "decode")

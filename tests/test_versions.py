@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import workloads
-from server import INSTALLED, VERSIONS, Server, after_import, environment
+from server import INSTALLED, VERSIONS, WEAVE, Server, after_import, environment
 from workloads import WORKLOADS, Answers
 
 pytestmark = pytest.mark.server
 
-WEAVE = ("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2")
 SHORT = ("long_prompt", "short_batch", "chunked", "prefix_hit", "decode")
 TARGET = "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends"
 # SGLang goes on calling the method on its instances; whoever looks at the class misses it.
