@@ -93,9 +93,9 @@ class EmulatedRanks:
         ]
 
 
-def new_stream() -> torch.cuda.Stream:
-    """Return a stream of the current device."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch's gap
+def new_stream(priority: int = 0) -> torch.cuda.Stream:
+    """Return a stream of the current device; a negative priority goes first."""
+    return torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call] # torch's gap
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class EmulatedTransport:
     def __init__(self, num_ranks: int = 2) -> None:
         """Make streams on the current device: in line and beside a computation, one a rank."""
         self._num_ranks = num_ranks
-        self._streams = [[_urgent_stream() for _ in range(num_ranks)] for _ in range(NUM_CHANNELS)]
+        self._streams = [
+            [new_stream(priority=-1) for _ in range(num_ranks)] for _ in range(NUM_CHANNELS)
+        ]
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """See `Transport.allocate`."""
@@ -181,7 +183,3 @@ class EmulatedTransport:
     def close(self) -> None:
         """Wait for all ranks."""
         torch.cuda.synchronize()
-
-
-def _urgent_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call] # torch's gap

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from sglang_tokenweave import refusals
 from sglang_tokenweave.config import CHOICES, ConfigError, TokenWeaveConfig, export, flag
+from sglang_tokenweave.tuning import given
 
 
 class _Export(argparse.Action):
@@ -60,9 +61,6 @@ def check_arguments(result: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _check_table(config: TokenWeaveConfig) -> None:
-    # Not at the top: most of SGLang's processes need no tables.
-    from sglang_tokenweave.tuning import given
-
     try:
         given.check(config)
     except ValueError as error:

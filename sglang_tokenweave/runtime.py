@@ -161,7 +161,7 @@ class Runtime:
     def _plan_in_graph(self, batch: Any, num_tokens: int) -> Plan:
         """Plan what SGLang captures in a graph of its own: there a batch cannot be cut."""
         mode = _mode_of(batch)
-        is_ours = self.is_active and mode is not None and self.model.place.is_whole
+        is_ours = self.is_active and self.model.place.is_whole
         if mode is None or not is_ours or num_tokens > self.buffer.capacity:
             return Plan(Kind.OFF)
         plan = plan_unsplit(mode, num_tokens, self.table)

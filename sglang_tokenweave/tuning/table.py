@@ -1,6 +1,6 @@
 """The tuned table: what was measured for each mode and batch size, and what was chosen there."""
 
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -133,10 +133,13 @@ class Measurement:
     @classmethod
     def of(cls, candidate: Candidate, times_us: Sequence[float]) -> "Measurement":
         """Summarise the times of all rounds, to a tenth of a microsecond."""
-        ordered = sorted(times_us)
-        spread = (_quantile(ordered, 0.75) - _quantile(ordered, 0.25)) / 2
-        median = max(round(_quantile(ordered, 0.5), 1), 0.1)
-        return cls(candidate, median, round(spread, 1), len(ordered))
+        low, median, high = (
+            statistics.quantiles(times_us, n=4, method="inclusive")
+            if len(times_us) > 1
+            else 3 * [times_us[0]]
+        )
+        us = max(round(median, 1), 0.1)
+        return cls(candidate, us, round((high - low) / 2, 1), len(times_us))
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,3 @@ def choose(measured: Sequence[Measurement]) -> Candidate:
 def noise_us(off: Measurement, other: Measurement) -> float:
     """Return by how much `other` must beat OFF to count as faster."""
     return max(NOISE * off.us, off.spread_us + other.spread_us)
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    position = share * (len(ordered) - 1)
-    below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
-    return below + (above - below) * (position - math.floor(position))
