@@ -3,6 +3,9 @@
 import gzip
 import json
 
+from sglang_tokenweave.timeline import overlap, steps
+from sglang_tokenweave.timeline.trace import parse
+
 ATTENTION = (
     "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...> > >"
 )
@@ -123,3 +126,8 @@ def copied(operations=4, copies=2, name=COPY):
         events.append(event(ADD_NORM, now + 3, 1, SIDE))
         events += [copy(name, now + 4, 3, LANE + lane) for lane in range(copies)]
     return events
+
+
+def measured(events, index=None, parts=None):
+    """Return a step of a profile, taken apart."""
+    return overlap.measure(steps.choose(parse(whole(events), "made up"), index), parts, "made up")
