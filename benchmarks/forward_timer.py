@@ -35,13 +35,17 @@ class Pass:
     cpu_us: float  # until the call returns
 
 
-def folder(parent: Path) -> Path:
-    """Write the metadata of an installed plugin, for PYTHONPATH."""
-    metadata = parent / f"{NAME}-0.dist-info"
+def folder(parent: Path, name: str = NAME, entry: str = f"{__name__}:register") -> Path:
+    """Write the metadata of an installed plugin of SGLang, for PYTHONPATH; by default this one's.
+
+    Args:
+        parent: where to.
+        entry: "module:function", called in each process of a server.
+    """
+    metadata = parent / f"{name}-0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
-    entry = f"[sglang.srt.plugins]\n{NAME} = {__name__}:register\n"
-    (metadata / "entry_points.txt").write_text(entry)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {entry}\n")
     return parent
 
 
@@ -95,7 +99,7 @@ def register() -> None:
     if settings.no_communication:
         _leave_out_sums()
     if settings.emulated_ranks:
-        _emulate(settings.emulated_ranks)
+        emulate(settings.emulated_ranks)
 
 
 def _after_load_model(result: None, runner: Any) -> None:
@@ -118,7 +122,8 @@ def _leave_out_sums() -> None:
     GroupCoordinator.all_reduce = lambda self, tensor: tensor
 
 
-def _emulate(num_ranks: int) -> None:
+def emulate(num_ranks: int = 2) -> None:
+    """Let a server on one GPU weave, with the kernels of so many ranks."""
     from sglang_tokenweave import refusals, transports
     from sglang_tokenweave.emulation import EmulatedTransport
 

@@ -1,5 +1,6 @@
 """What a result must say of the machine and the software it was measured with."""
 
+import argparse
 import os
 import subprocess
 from datetime import UTC, datetime
@@ -40,6 +41,13 @@ def meta(world_size: int, command: str, commit: str | None, rounds: int, *, smok
         multicast=why_multicast_is_forbidden(os.environ) or "",
         smoke=smoke,
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
+    """Add what every benchmark takes: the commit that a result states, and its file."""
+    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    default = Path(f"benchmarks/results/{bench}.json")
+    parser.add_argument("--output", type=Path, default=default)
 
 
 def versions() -> dict[str, str]:

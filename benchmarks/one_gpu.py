@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -42,8 +41,7 @@ class _LimitParams(ctypes.Structure):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and save; return 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.one_gpu")
-    parser.add_argument("--commit", help="of this tree, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/one_gpu.json"))
+    machine.add_arguments(parser, "one_gpu")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "benchmarks.one_gpu", *(arguments or sys.argv[1:])])
     meta = machine.meta(WORLD_SIZE, command, options.commit, ROUNDS, smoke=False)

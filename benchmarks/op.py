@@ -136,8 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--world-size", type=int, help="default: as many as there are GPUs")
     parser.add_argument("--ranks-per-gpu", type=int, default=1, help="2: a smoke test, no times")
-    parser.add_argument("--commit", help="of this tree, where git cannot tell")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/op.json"))
+    machine.add_arguments(parser, "op")
     return parser
 
 

@@ -130,8 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--deadline", type=float, default=400, metavar="S", help="for all starts (%(default)s)")
-    add("--commit", help="of this tree, where git cannot tell")
-    add("--output", type=Path, default=Path("benchmarks/results/prefill.json"))
+    machine.add_arguments(found, "prefill")
     return found
 
 

@@ -46,8 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--start-deadline", type=float, default=900, metavar="S", help="of a server (%(default)s)")
     add("--load-deadline", type=float, default=1800, metavar="S", help="of a load (%(default)s)")
-    add("--commit", help="of this tree, where git cannot tell")
-    add("--output", type=Path, default=Path("benchmarks/results/serving.json"))
+    machine.add_arguments(found, "serving")
     return found
 
 

@@ -2,10 +2,15 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from server import Server
+
+from benchmarks import forward_timer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,19 +42,6 @@ PROMPTS = ([300], [1024], [257], [7, 400, 1, 90, 333], [2500])
 PREFIX = 600
 NEXT = 100  # tokens, of which the next one's log probability is asked
 
-EMULATION = """
-def register():
-    from sglang_tokenweave import refusals, transports
-    from sglang_tokenweave.emulation import EmulatedTransport
-
-    find = refusals.find
-    refusals.find = lambda *arguments: tuple(
-        reason for reason in find(*arguments) if "tensor parallel size is 1" not in reason
-    )
-    transports.reasons = lambda *arguments: ()
-    transports.create = lambda *arguments, **options: EmulatedTransport()
-"""
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -60,15 +52,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
-    """Return folders that make SGLang load the emulated transport as a plugin, after ours."""
+    """Return folders that make SGLang load the emulated transport as a plugin."""
     folder = tmp_path_factory.mktemp("plugin")
-    (folder / "zz_emulation.py").write_text(EMULATION)
-    metadata = folder / "zz_emulation-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-emulation\nVersion: 0\n")
-    entry = "[sglang.srt.plugins]\nzz_emulation = zz_emulation:register\n"
-    (metadata / "entry_points.txt").write_text(entry)
-    return [folder]
+    forward_timer.folder(folder, "emulation", "benchmarks.forward_timer:emulate")
+    return [folder, ROOT]
 
 
 def server(model, launcher, flags=(), pythonpath=()):
