@@ -7,12 +7,13 @@ drops tests that are gone. `generated.py` renders the outcomes into docs/compati
 
 import ast
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -85,12 +86,13 @@ def existing_tests(tests: Sequence[str] = TESTS) -> set[str]:
     return {file + name for file, name in found}
 
 
-def run_tests(report: Path) -> None:
+def run_tests(
+    report: Path, tests: Sequence[str] = TESTS, environment: Mapping[str, str] | None = None
+) -> None:
     """Run the tests; failed ones are part of the result."""
-    files = [str(ROOT / "tests" / name) for name in TESTS]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *files, f"--junitxml={report}"], cwd=ROOT, check=False
-    )
+    files = [str(ROOT / "tests" / name) for name in tests]
+    command = [sys.executable, "-m", "pytest", *files, f"--junitxml={report}"]
+    subprocess.run(command, cwd=ROOT, env={**(environment or {}), **os.environ}, check=False)
 
 
 def name_of(case: ElementTree.Element) -> str:

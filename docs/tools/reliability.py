@@ -10,7 +10,6 @@ commit, machine, columns, rows and notes.
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -142,9 +141,7 @@ def main(argv: list[str]) -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
-            files = [str(ROOT / "tests" / name) for name in TESTS]
-            command = [sys.executable, "-m", "pytest", *files, f"--junitxml={report}"]
-            subprocess.run(command, cwd=ROOT, env={**THOROUGH, **os.environ}, check=False)
+            compatibility.run_tests(report, TESTS, THOROUGH)
             now = record([report])
     DATA.write_text(json.dumps(now, indent=1) + "\n")
 
