@@ -263,7 +263,7 @@ def test_readme_names_files_that_exist():
 def test_readme_lists_our_flags_with_their_defaults():
     rows = re.findall(r"^\| `(--\S+)` \| `?(\w+)`? \|", (ROOT / "README.md").read_text(), re.M)
     options = fields(TokenWeaveConfig)
-    defaults = ["off" if each.default is False else str(each.default) for each in options]
+    defaults = ["off" if each.default is False else str(each.default) or "none" for each in options]
     assert rows == list(zip([flag(each.name) for each in options], defaults, strict=True))
 
 
