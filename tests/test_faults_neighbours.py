@@ -1,6 +1,7 @@
 """Several servers on one machine, and one server again and again: nothing is mixed up or left."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,7 @@ def test_restarts_leave_nothing_that_grows(
         with server:
             fault.seconds = max(fault.seconds or 0, time.monotonic() - start)
             answers = [faults.ask(server, faults.SHORT)]
+            server.stop(signal.SIGTERM)  # as a container's runtime would
         faults.assert_honest(answers, undisturbed)
         assert not faults.errors(answers)
         left.append(_left(server, home))
