@@ -228,7 +228,8 @@ def where_cut(batch: BatchShape, cut: int) -> Literal["inside", "between"]:
     return "between" if cut in accumulate(batch.lengths) else "inside"
 
 
-@lru_cache(maxsize=1024)
+# Asked for several times in a step; most batches never come again, and repeated ones are decodes.
+@lru_cache(maxsize=128)
 def _plan(batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, align: int) -> Plan:
     _check_count("align", align, least=1)
     row = table.lookup(batch.mode, batch.num_tokens)
