@@ -126,6 +126,7 @@ def emulate(num_ranks: int = 2) -> None:
     """Let a server on one GPU weave, with the kernels of so many ranks."""
     from sglang_tokenweave import refusals, transports
     from sglang_tokenweave.emulation import EmulatedTransport
+    from sglang_tokenweave.transport import SymmetricBuffer, Transport
 
     find = refusals.find
 
@@ -137,9 +138,12 @@ def emulate(num_ranks: int = 2) -> None:
     def no_reasons(*arguments: Any) -> tuple[str, ...]:
         return ()
 
-    def create(*arguments: Any, **options: Any) -> EmulatedTransport:
-        return EmulatedTransport(num_ranks)
+    def create(
+        name: str, device: Any, group: Any, *rows: Any, has_copy_engines: bool
+    ) -> tuple[Transport, SymmetricBuffer]:
+        transport = EmulatedTransport(num_ranks)
+        return transport, transport.allocate(*rows)
 
     refusals.find = find_other_reasons  # type: ignore[assignment] # the same, for any arguments
     transports.reasons = no_reasons  # type: ignore[assignment] # likewise
-    transports.create = create
+    transports.create = create  # type: ignore[assignment] # likewise

@@ -13,7 +13,7 @@ from typing import Any, Self
 ENVIRONMENT_VARIABLE = "SGLANG_TOKENWEAVE"
 TRANSPORTS = ("auto", "reference", "peer", "multicast")
 TUNE = ("off", "auto", "force")
-CHOICES = {"transport": TRANSPORTS, "engine": ("kernel", "copy"), "tune": TUNE}
+CHOICES = {"transport": TRANSPORTS, "tune": TUNE}
 
 
 class ConfigError(ValueError):
@@ -39,11 +39,6 @@ class TokenWeaveConfig:
         "who moves the bytes: 'reference' is torch.distributed, 'peer' and 'multicast' the fused "
         "kernel over NVLink; 'auto' the best there is",
     )
-    engine: str = _option(
-        "kernel",
-        "who does it beside a computation: 'kernel' on --tokenweave-ctas thread blocks, or 'copy', "
-        "the copy engines, which take no SM",
-    )
     min_tokens: int = _option(1024, "smallest prefill batch, in tokens, that is woven")
     fuse_min_tokens: int = _option(
         0, "smallest batch that runs unsplit through the fused op (0: never)"
@@ -51,7 +46,11 @@ class TokenWeaveConfig:
     decode_min_tokens: int = _option(
         0, "smallest decode batch, in requests, that is woven (0: never)"
     )
-    ctas: int = _option(8, "CTAs of the communication op beside a computation; an even number")
+    ctas: int = _option(
+        8,
+        "CTAs of the communication op beside a computation, an even number; 0: none, the copy "
+        "engines move the bytes",
+    )
     fuse_ctas: int = _option(16, "CTAs of the op when nothing runs beside it; an even number")
     tune: str = _option(
         "off",
@@ -83,10 +82,10 @@ class TokenWeaveConfig:
                 raise ConfigError(
                     f"{describe(name)} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
                 )
-        if self.engine == "copy" and self.transport != "peer":
+        if self.ctas == 0 and self.transport != "peer":
             raise ConfigError(
-                f"{describe('engine')} is 'copy' and {describe('transport')} is "
-                f"{self.transport!r}; the copy engines serve the transport peer only"
+                f"{describe('ctas')} is 0 and {describe('transport')} is {self.transport!r}; the "
+                "copy engines serve the transport peer only"
             )
         self._check_at_least("min_tokens", 2)
         self._check_at_least("tune_seconds", 1)
@@ -94,8 +93,9 @@ class TokenWeaveConfig:
             self._check_at_least(name, 0)
         if self.decode_min_tokens == 1:
             raise ConfigError(f"{describe('decode_min_tokens')} is 1; one request cannot be split")
+        self._check_at_least("ctas", 0)
+        self._check_at_least("fuse_ctas", 2)
         for name in ("ctas", "fuse_ctas"):
-            self._check_at_least(name, 2)
             if getattr(self, name) % 2:
                 raise ConfigError(
                     f"{describe(name)} is {getattr(self, name)}; it must be even, "

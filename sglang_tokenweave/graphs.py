@@ -104,7 +104,7 @@ class WovenGraphs:
 
     def _left_sms(self, plan: Plan) -> AbstractContextManager[None]:
         """Return a context in which GEMMs count on the SMs that the communication leaves them."""
-        if not self._transport.holds_sms:
+        if plan.ctas == 0:
             return nullcontext()
         device = torch.cuda.get_device_properties(self._buffer.tensor.device)
         return for_gemms(device.multi_processor_count - plan.ctas)

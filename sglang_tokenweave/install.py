@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sglang_tokenweave import (
     architectures,
     capturing,
     deadlines,
+    model_facts,
     refusals,
     seams,
     topology,
@@ -22,8 +24,8 @@ from sglang_tokenweave.agreement import DisagreementError, Group, as_group, gath
 from sglang_tokenweave.config import TokenWeaveConfig, describe
 from sglang_tokenweave.pipeline import PipelineStage
 from sglang_tokenweave.plan import PlanTable
-from sglang_tokenweave.refusals import ModelFacts
 from sglang_tokenweave.runtime import Model, Runtime
+from sglang_tokenweave.transport import SymmetricBuffer, Transport
 from sglang_tokenweave.tuning import here, tuner
 from sglang_tokenweave.tuning.live import Live
 from sglang_tokenweave.tuning.measure import NotMeasurableError
@@ -34,13 +36,6 @@ from sglang_tokenweave.tuning.tuner import Tuned
 
 logger = logging.getLogger(__name__)
 
-# Options of SGLang's RMSNorm that change what it computes.
-_NORM_VARIANTS = (
-    "fp32_residual",
-    "override_orig_dtype",
-    "variance_size_override",
-    "cast_x_before_out_mul",
-)
 NOMINAL_SMS = 132  # of an H100 or H200: plans made on a CPU are those of such a GPU
 
 
@@ -178,9 +173,9 @@ def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool
 
 def _reasons(model_runner: Any, group: Any) -> tuple[str, ...]:
     arguments = seams.resolved_arguments()
-    reasons = refusals.find(arguments, _facts(model_runner))
+    reasons = refusals.find(arguments, model_facts.find(model_runner))
     device = torch.device(model_runner.device)
-    transport = transports.resolve(state.config.transport, device)
+    transport = _transport(device)
     hosts = gather(topology.Host.this(), group.cpu_group)
     scattered = topology.reason(hosts, transport, shares_nvlink_domain=False)
     reasons += (scattered,) if scattered else ()
@@ -196,33 +191,12 @@ def _reasons(model_runner: Any, group: Any) -> tuple[str, ...]:
         group.world_size,
         model_runner.dtype,
         model_runner.model_config.hf_config.hidden_size,
-        [norm.weight.dtype for norm in _norms(model_runner.model) if hasattr(norm, "weight")],
+        [
+            norm.weight.dtype
+            for norm in model_facts.norms(model_runner.model)
+            if hasattr(norm, "weight")
+        ],
     )
-
-
-def _norms(model: Any) -> list[Any]:
-    architecture = architectures.ARCHITECTURES.get(type(model).__name__)
-    inner = getattr(model, "model", None)
-    return architectures.norms(architecture, inner) if architecture else []
-
-
-def _facts(model_runner: Any) -> ModelFacts:
-    model, config = model_runner.model, model_runner.model_config
-    architecture = architectures.ARCHITECTURES.get(type(model).__name__)
-    inner = getattr(model, "model", None)
-    return ModelFacts(
-        architecture=type(model).__name__,
-        is_supported=architecture is not None,
-        is_multimodal=config.is_multimodal,
-        is_mla=config.attention_arch.name == "MLA",
-        captures_layers=bool(getattr(inner, "layers_to_capture", ())),
-        has_plain_norms=all(_is_plain(norm) for norm in _norms(model)),
-        has_megakernel="_megakernel" in vars(model),
-    )
-
-
-def _is_plain(norm: Any) -> bool:
-    return not any(getattr(norm, name, None) for name in _NORM_VARIANTS)
 
 
 def _vote(reasons: tuple[str, ...], group: Any) -> tuple[str, ...]:
@@ -237,14 +211,7 @@ def _install(model_runner: Any, table: PlanTable) -> None:
     hf_config = model_runner.model_config.hf_config
     inner = model_runner.model.model
     place = PipelineStage.of(inner)
-    name = transports.resolve(config.transport, device)
-    transport = transports.create(name, device, place.group, engine=config.engine)
-    capacity = _capacity(seams.resolved_arguments())
-    try:
-        buffer = transport.allocate(capacity, hf_config.hidden_size, model_runner.dtype)
-    except DisagreementError:
-        transport.close()
-        raise
+    transport, buffer = _communication(model_runner, place, table)
     architecture = architectures.ARCHITECTURES[state.model]
     model = Model(
         inner=inner,
@@ -260,6 +227,24 @@ def _install(model_runner: Any, table: PlanTable) -> None:
     state.runtime = Runtime(model, table, transport, buffer, checked)
     # On the instance: other models of this class (drafts) keep their stock forward.
     inner.forward = state.runtime.forward
+
+
+def _communication(
+    model_runner: Any, place: PipelineStage, table: PlanTable
+) -> tuple[Transport, SymmetricBuffer]:
+    """Make the transport and its buffer, with copy engines if the table has or may get a use."""
+    device = torch.device(model_runner.device)
+    name = _transport(device)
+    rows = _capacity(seams.resolved_arguments()), model_runner.model_config.hf_config.hidden_size
+    make = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
+    is_tried = name == "peer" and state.config.tune != "off" and state.tuned is None
+    try:
+        return make(has_copy_engines=table.needs_copy_engines or is_tried)
+    except DisagreementError as error:  # the same on all ranks
+        if table.needs_copy_engines or not is_tried:
+            raise
+        state.notes += (f"copy engines ({error})",)
+        return make(has_copy_engines=False)
 
 
 def _measure(model_runner: Any, runtime: Runtime) -> None:
@@ -313,7 +298,7 @@ def _key(model_runner: Any) -> Key:
         device=device,
         sms=_num_sms(device),
         tp_size=state.tp_size,
-        transport=transports.resolve(state.config.transport, device),
+        transport=_transport(device),
     )
 
 
@@ -323,6 +308,12 @@ def _do_without_table(problem: str) -> None:
     state.notes += (f"tuned table: {problem}",)
     if state.rank == state.pp_rank == 0:
         logger.warning("TokenWeave plans by thresholds, without a tuned table: %s", problem)
+
+
+def _transport(device: torch.device) -> str:
+    config = state.config
+    is_measured = config.tune != "off" or bool(config.table)
+    return transports.resolve(config.transport, device, is_measured=is_measured)
 
 
 def _own_group(ranks: Sequence[int]) -> Group:

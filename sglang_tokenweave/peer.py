@@ -24,7 +24,7 @@ class _Region:
 
     buffer: SymmetricBuffer
     memory: PeerMemory
-    copy_engine: CopyEngine | None  # for what is reduced in place, beside a computation
+    copy_engine: CopyEngine | None
 
     def rows(self, slot: Slot) -> Rows | None:
         """Return `slot` as all ranks' memory has it; None: it is not of this buffer."""
@@ -44,20 +44,23 @@ class _Region:
 
 
 class PeerTransport:
-    """`allreduce_rmsnorm` by one kernel over unicast addresses, or by the copy engines."""
+    """`allreduce_rmsnorm` by one kernel over unicast addresses, or by the copy engines.
+
+    Each op says which, by its CTAs. The copy engines serve what is reduced in place beside a
+    computation; in line, where no SM is to be spared, the kernel is faster.
+    """
 
     name = "peer"
     _is_multicast = False
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, *, engine: str = "kernel"
+        self, group: dist.ProcessGroup, device: torch.device, *, has_copy_engines: bool = False
     ) -> None:
         """Prepare signals; a collective call over `group`, a CPU group of one host.
 
         Args:
-            engine: who moves the bytes beside a computation, in place: the "kernel", or the
-                "copy" engines, which take no SM. In line, where nothing is to be spared, and to
-                another buffer it is always the kernel.
+            has_copy_engines: whether ops may come with 0 CTAs; it costs memory as large as the
+                buffers', and a thread.
 
         Raises:
             DisagreementError: on all ranks, when memory cannot be shared.
@@ -66,8 +69,7 @@ class PeerTransport:
         self.world_size = dist.get_world_size(group)
         self._group = group
         self._device = device
-        self._engine = engine
-        self.holds_sms = engine == "kernel"
+        self.has_copy_engines = has_copy_engines
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -100,7 +102,7 @@ class PeerTransport:
             scales = memory.bytes[rows_bytes : rows_bytes + capacity * scale_bytes]
             scales = scales.view(torch.float32)
         copy_engine = None
-        if self._engine == "copy" and dtype != FP8:
+        if self.has_copy_engines and dtype != FP8:
             layout = Layout(self.world_size, capacity, hidden_size, dtype)
             place = Region(self.rank, tuple(memory.addresses), rows_bytes)
             with ExitStack() as stack:
@@ -127,10 +129,12 @@ class PeerTransport:
         """See `Transport.allreduce_rmsnorm`.
 
         Raises:
-            ValueError: a tensor is not what the kernel takes.
+            ValueError: a tensor is not what the kernel takes, or no copy engine serves this op.
         """
         region, x = self._find(slot)
-        if region.copy_engine is not None and beside and out is None:
+        if ctas == 0:
+            if region.copy_engine is None or out is not None or not beside:
+                raise ValueError("ctas is 0: no copy engine serves this op, give 2 or more")
             return region.copy_engine.allreduce_rmsnorm(
                 slot, residual, weight, eps, beside=True, weight_offset=weight_offset
             )

@@ -36,7 +36,7 @@ class Plan:
 
     kind: Kind
     cut: int = 0  # tokens in the first half; 0 unless WEAVE
-    ctas: int = 0  # of the communication op beside a computation
+    ctas: int = 0  # of the communication op beside a computation; 0: copy engines
     fuse_ctas: int = 0  # of an op that has the stream to itself: FUSE, and a WEAVE's last one
     reason: str = ""  # why less is done than weaving
     graph_tokens: int = 0  # of the CUDA graph that runs it; 0: launch by launch
@@ -89,7 +89,7 @@ class PlanRow:
     mode: Mode
     min_tokens: int
     kind: Kind
-    ctas: int = 0
+    ctas: int = 0  # as of Plan
     fuse_ctas: int = 0
     cut_offset: int = 0  # tokens added to the cut that the waves of the layer ask for
     max_extra_permille: int | None = None  # of the whole's waves that a cut may add; None: any
@@ -122,6 +122,11 @@ class PlanTable:
             if _order(row) == _order(before):
                 raise ValueError(f"two {row.mode} rows, field min_tokens: both {row.min_tokens}")
 
+    @property
+    def needs_copy_engines(self) -> bool:
+        """Whether a batch may be woven without CTAs."""
+        return any(row.kind is Kind.WEAVE and row.ctas == 0 for row in self.rows)
+
     def lookup(self, mode: Mode, num_tokens: int, *, weave: bool = True) -> PlanRow | None:
         """Return the last row of `mode` with `min_tokens` of at most `num_tokens`.
 
@@ -152,7 +157,7 @@ class PlanTable:
             min_tokens: weave prefill from here on.
             fuse_min_tokens: fuse from here on batches that are too small to weave; 0: never.
             decode_min_tokens: weave decode from here on; 0: never.
-            ctas: of the op beside a computation.
+            ctas: of the op beside a computation; 0: copy engines.
             fuse_ctas: of the op alone on its stream.
         """
         _check_count("min_tokens", min_tokens, least=1)

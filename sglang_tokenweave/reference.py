@@ -76,7 +76,7 @@ class ReferenceTransport:
     """`allreduce_rmsnorm` out of an all-to-all, torch arithmetic and an all-gather."""
 
     name = "reference"
-    holds_sms = False  # those of NCCL are its own affair
+    has_copy_engines = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Take over `group`: nobody else may issue collectives on it."""

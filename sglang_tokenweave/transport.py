@@ -98,7 +98,7 @@ class Transport(Protocol):
     name: str
     rank: int
     world_size: int
-    holds_sms: bool  # the op beside a computation holds an SM for each of its CTAs
+    has_copy_engines: bool  # an op beside a computation may come without CTAs
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer of `capacity` rows; a collective call.
@@ -129,7 +129,8 @@ class Transport(Protocol):
             residual: `[rows this rank owns, hidden_size]`, replaced by the sum; None: no residual.
             weight: `[hidden_size]`.
             eps: added to the mean of squares.
-            ctas: thread blocks the op may occupy; ignored where it occupies none.
+            ctas: thread blocks the op may occupy; 0, only beside a computation: none, the copy
+                engines move the bytes. Ignored by a transport that has no kernel.
             beside: run beside the caller's next computation; otherwise in line with it.
             weight_offset: 1.0 for norms that store their weight less one (Gemma).
             out: where the result goes, the same rows of another buffer; None: it replaces `slot`.

@@ -6,20 +6,29 @@ from typing import Any
 import torch
 
 from sglang_tokenweave import compiler
+from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.config import describe, flag
 from sglang_tokenweave.kernels import choose_variant
 from sglang_tokenweave.peer import MulticastTransport, PeerTransport
 from sglang_tokenweave.reference import ReferenceTransport
-from sglang_tokenweave.transport import Transport
+from sglang_tokenweave.transport import SymmetricBuffer, Transport
 
 _BY_KERNEL: dict[str, type[PeerTransport]] = {
     transport.name: transport for transport in (PeerTransport, MulticastTransport)
 }
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """Return the transport that the option `transport` stands for on `device`."""
-    return "reference" if name == "auto" and device.type == "cpu" else name
+def resolve(name: str, device: torch.device, *, is_measured: bool) -> str:
+    """Return the transport that the option `transport` stands for on `device`.
+
+    Args:
+        is_measured: whether a tuned table decides, which weaves only what was faster than stock.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return ReferenceTransport.name
+    return PeerTransport.name if is_measured else name
 
 
 def reasons(
@@ -42,8 +51,8 @@ def reasons(
     if name == "auto":
         named = " or ".join((*_BY_KERNEL, ReferenceTransport.name))
         return (
-            "no device transport has been timed in a server yet, so stock runs "
-            f"({flag('transport')} {named} weaves all the same)",
+            "on GPUs stock runs until it is measured what is faster: add "
+            f"{flag('tune')} auto ({flag('transport')} {named} weaves all the same)",
         )
     if device.type == "cpu":
         return (
@@ -62,16 +71,33 @@ def reasons(
     return ()
 
 
-def create(name: str, device: torch.device, group: Any, *, engine: str = "kernel") -> Transport:
-    """Make the transport `name`, as resolved; a collective call of SGLang's `group`.
+def create(
+    name: str,
+    device: torch.device,
+    group: Any,
+    capacity: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    has_copy_engines: bool,
+) -> tuple[Transport, SymmetricBuffer]:
+    """Make the transport `name`, as resolved, and its buffer; a collective call of `group`.
 
     Args:
-        engine: of a device transport, beside a computation: as of `PeerTransport`.
         group: SGLang's GroupCoordinator of the tensor-parallel ranks.
+        capacity, hidden_size, dtype: as of `Transport.allocate`.
+        has_copy_engines: of a device transport, as of `PeerTransport`.
 
     Raises:
         DisagreementError: on all ranks, when their GPUs cannot share memory.
     """
+    transport: Transport
     if name == ReferenceTransport.name:
-        return ReferenceTransport.create(device, group.ranks)
-    return _BY_KERNEL[name](group.cpu_group, device, engine=engine)
+        transport = ReferenceTransport.create(device, group.ranks)
+    else:
+        transport = _BY_KERNEL[name](group.cpu_group, device, has_copy_engines=has_copy_engines)
+    try:
+        return transport, transport.allocate(capacity, hidden_size, dtype)
+    except DisagreementError:
+        transport.close()
+        raise

@@ -18,7 +18,7 @@ def other_value(option) -> str:
         return "1"
     if option.type is int:
         return str(option.default + 2)
-    others = {"transport": "reference", "engine": "copy", "tune": "auto", "table": "/t.yaml"}
+    others = {"transport": "reference", "tune": "auto", "table": "/t.yaml"}
     return others[option.name]
 
 
@@ -30,14 +30,13 @@ def command(arguments: tuple[str, ...] = (), **environment: str) -> list[str]:
 def test_every_option_is_a_variable_and_reaches_the_server():
     for option in fields(TokenWeaveConfig):
         value = other_value(option)
-        base = {"TOKENWEAVE_TRANSPORT": "peer"} if option.name == "engine" else {}
-        given = command(**base, **{knobs.variable(option.name): value})
+        given = command(**{knobs.variable(option.name): value})
         if option.name == "enabled":
             assert given == command()
         elif option.type is bool:
             assert given == [*command(), flag(option.name)]
         else:
-            assert given == [*command(**base), flag(option.name), value]
+            assert given == [*command(), flag(option.name), value]
 
 
 def test_model_address_and_ranks_reach_the_server():

@@ -150,9 +150,13 @@ def test_two_streams_in_a_graph_many_times():
 def _copied_on_rank(rank):
     from sglang_tokenweave.peer import PeerTransport
 
-    transport = PeerTransport(torch.distributed.group.WORLD, _device(rank), engine="copy")
+    group = torch.distributed.group.WORLD
+    transport = PeerTransport(group, _device(rank), has_copy_engines=True)
     buffer = transport.allocate(CAPACITY, 1024, torch.bfloat16)
-    cases = [case for case in CASES if case[-1]]  # beside: in line it is the kernel
+    in_line = buffer.slot(0, 8)
+    with pytest.raises(ValueError, match="no copy engine serves this op"):
+        transport.allreduce_rmsnorm(in_line, None, in_line.tensor[0], EPS, ctas=0, beside=False)
+    cases = [(*case[:-2], 0, True) for case in CASES if case[-1]]
     answers = [_run_case(transport, buffer, rank, case) for case in cases]
     transport.close()
     return answers

@@ -17,13 +17,14 @@ def hopper(monkeypatch):
 
 
 def reasons(name, device=GPU, world_size=2, dtype=BF16, hidden_size=4096, norms=(BF16,)):
-    name = transports.resolve(name, device)
+    name = transports.resolve(name, device, is_measured=False)
     return transports.reasons(name, device, world_size, dtype, hidden_size, norms)
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_a_cpu_is_served_by_the_reference(name):
-    assert transports.resolve(name, CPU) == "reference"
+    for is_measured in (False, True):
+        assert transports.resolve(name, CPU, is_measured=is_measured) == "reference"
     assert reasons(name, CPU, world_size=3, dtype=torch.float32) == ()
 
 
@@ -38,6 +39,12 @@ def test_a_gpu_is_served_as_asked_and_a_cpu_is_told_why_not(name, hopper):
 def test_auto_on_a_gpu_says_what_else_there_is(hopper):
     (reason,) = reasons("auto")
     assert all(name in reason for name in TRANSPORTS if name != "auto")
+    assert "add --tokenweave-tune auto" in reason
+
+
+def test_auto_on_a_gpu_is_peer_once_a_table_decides():
+    assert transports.resolve("auto", GPU, is_measured=True) == "peer"
+    assert transports.resolve("multicast", GPU, is_measured=True) == "multicast"
 
 
 @pytest.mark.parametrize(

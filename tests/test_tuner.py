@@ -72,15 +72,6 @@ def test_a_file_of_another_key_is_refused_on_all_ranks_with_what_differs(path):
         )
 
 
-def test_a_table_of_the_other_engine_is_not_used(path):
-    copying = {"transport": "peer", "engine": "copy"}
-    for found in find(table=str(path), **copying):
-        assert isinstance(found, TableError)
-        assert "needs another --tokenweave-engine than here" in str(found)
-    cache.store(GOOD)
-    assert find(tune="auto", **copying) == [None, None]
-
-
 def test_ranks_that_read_different_files_say_so(path, monkeypatch):
     def read(group):
         return tuner.find(config(table=str(path) + ".other" * group.rank), KEY, group)
@@ -134,14 +125,15 @@ def test_only_force_writes_to_the_named_file(path):
 
 
 def test_what_may_be_tried_depends_on_who_moves_the_bytes():
-    kernel = tuner.space(config(transport="peer"), KEY)
-    assert (kernel.ctas, kernel.fuse_ctas) == ((4, 8, 16), (8, 16, 32))
-    copying = tuner.space(config(transport="peer", engine="copy"), KEY)
-    assert (copying.ctas, copying.fuse_ctas, copying.engine) == ((8,), (8, 16, 32), "copy")
-    reference = tuner.space(config(), replace(KEY, transport="reference"))
-    assert (reference.ctas, reference.fuse_ctas) == ((8,), (16,))
-    other = tuner.space(config(transport="peer", ctas=12), KEY)
-    assert other.ctas == (4, 8, 12, 16)
+    def tried(transport, *, has_copy_engines=False, **options):
+        key = replace(KEY, transport=transport)
+        found = tuner.space(config(**options), key, has_copy_engines=has_copy_engines)
+        return found.ctas, found.fuse_ctas
+
+    assert tried("peer", has_copy_engines=True) == ((0, 4, 8, 16), (8, 16, 32))
+    assert tried("multicast") == ((4, 8, 16), (8, 16, 32))
+    assert tried("reference") == ((8,), (16,))
+    assert tried("peer", ctas=12, fuse_ctas=24) == ((4, 8, 12, 16), (8, 16, 24, 32))
 
 
 def test_sizes_are_what_the_server_can_batch():

@@ -8,7 +8,7 @@ from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.search import FINAL_ROUNDS, Space, bucket_sizes, search
 from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF
 
-SPACE = Space(sms=132, ctas=(4, 8, 16), fuse_ctas=(8, 16, 32), engine="kernel")
+SPACE = Space(sms=132, ctas=(0, 4, 8, 16), fuse_ctas=(8, 16, 32))
 SIZES = [
     *((Mode.PREFILL, tokens) for tokens in bucket_sizes(8192, 128)),
     *((Mode.DECODE, tokens) for tokens in bucket_sizes(256, 8)),
@@ -65,7 +65,7 @@ def test_the_choice_is_within_two_percent_of_the_best(spread):
             assert costs[each.chosen] <= costs[OFF]
     # OFF may stay where a gain of hardly more than 2 % was measured as hardly less than the noise,
     # in which an exhaustive search would not see it, either.
-    assert sum(loss > 1.02 for loss in worst) <= len(worst) / 500
+    assert sum(loss > 1.02 for loss in worst) <= len(worst) / 300
     assert max(worst) < 1.025
 
 
@@ -73,8 +73,8 @@ def test_it_takes_half_the_runs_of_an_exhaustive_search():
     machine = Machine(1)
     list(search([(Mode.PREFILL, 4096)], SPACE, machine.measure, machine.spent_s, 90))
     candidates = SPACE.candidates(Mode.PREFILL, 4096)
-    assert len(candidates) == 13
-    assert len(machine.runs) == 93 < FINAL_ROUNDS * len(candidates) / 2
+    assert len(candidates) == 16
+    assert len(machine.runs) == 114 < FINAL_ROUNDS * len(candidates) / 2
 
 
 def test_off_runs_in_every_round():
@@ -82,7 +82,7 @@ def test_off_runs_in_every_round():
     (found,) = search([(Mode.PREFILL, 4096)], SPACE, machine.measure, machine.spent_s, 90)
     rounds = {each.candidate: each.rounds for each in found.measured}
     assert rounds[OFF] == max(rounds.values()) == FINAL_ROUNDS
-    assert sorted(rounds.values()) == [3] * 6 + [6] * 3 + [12] + [FINAL_ROUNDS] * 3
+    assert sorted(rounds.values()) == [3] * 7 + [6] * 4 + [12] * 2 + [FINAL_ROUNDS] * 3
 
 
 def test_candidates_that_are_all_alike_leave_off_in_place():
@@ -91,7 +91,7 @@ def test_candidates_that_are_all_alike_leave_off_in_place():
         machine = Machine(seed, spread=0.0, error=0.01)
         found = search([(Mode.PREFILL, 4096)], SPACE, machine.measure, machine.spent_s, 90)
         wrong += sum(each.chosen != OFF for each in found)
-    assert wrong <= 2  # twelve rivals, of which one in some thousand passes by accident
+    assert wrong <= 2  # fifteen rivals, of which one in some thousand passes by accident
 
 
 @pytest.mark.parametrize("us_per_token", [30, 100, 400, 3000, 100_000])
@@ -99,7 +99,7 @@ def test_the_budget_is_kept_on_slow_machines(us_per_token):
     machine = Machine(3, us_per_token=us_per_token)
     found = list(search(SIZES, SPACE, machine.measure, machine.spent_s, 90))
     # What is not known beforehand is the first round of the smallest size alone.
-    first_s = 13 * (128 + 300) * us_per_token * 1.5 / 1e6
+    first_s = 16 * (128 + 300) * us_per_token * 1.5 / 1e6
     assert machine.spent_s() <= max(90 * 1.03, first_s)
     for each in found:
         off = each.time_of(OFF)
@@ -134,7 +134,7 @@ def test_candidates_fit_the_batch_and_the_gpu():
     assert {each.cut_offset for each in decode} == {0}
     assert {each.cut_offset for each in SPACE.candidates(Mode.PREFILL, 1023)} == {0}
     assert {each.cut_offset for each in SPACE.candidates(Mode.PREFILL, 1024)} == {-256, 0, 256}
-    small = Space(sms=24, ctas=(4, 8, 16), fuse_ctas=(8,), engine="kernel")
+    small = Space(sms=24, ctas=(4, 8, 16), fuse_ctas=(8,))
     assert {each.ctas for each in small.candidates(Mode.PREFILL, 64)} == {0, 4, 8}
     assert decode[0] == OFF
     assert len(set(decode)) == len(decode)

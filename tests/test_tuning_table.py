@@ -10,7 +10,14 @@ from tuned_tables import FUSE, KEY, WEAVE, bucket, table, tables, times
 from sglang_tokenweave.plan import BatchShape, Kind, Mode, plan_batch
 from sglang_tokenweave.tuning.nodes import TableError
 from sglang_tokenweave.tuning.rows import gain_permille, plan_table
-from sglang_tokenweave.tuning.table import OFF, Candidate, Measurement, choose, noise_us
+from sglang_tokenweave.tuning.table import (
+    OFF,
+    Bucket,
+    Candidate,
+    Measurement,
+    choose,
+    noise_us,
+)
 from sglang_tokenweave.tuning.text import MOST_BYTES, from_text, read_file, to_text
 from sglang_tokenweave.waves import best_cut, extra_permille
 
@@ -121,7 +128,7 @@ OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0, rounds: 15}"
         (OFF_LINE, "", r"buckets\[0\]\.measured: kind off is missing"),
         ("fuse_ctas: 16}", "fuse_ctas: 15}", r"fuse_ctas: got 15; expected an even number"),
         ("fuse_ctas: 16}", "fuse_ctas: 32}", r"chosen: .* was not measured; choose one that was"),
-        ("fuse_ctas: 16}", "fuse_ctas: 16, engine: warp}", r"engine: got 'warp'; .* kernel, copy"),
+        ("fuse_ctas: 16}", "fuse_ctas: 16, engine: copy}", r"engine\W+unknown"),
         ("fuse_ctas: 16}", "ctas: 8, fuse_ctas: 16}", r"(ctas: got 8; expected 0|given twice)"),
         ("buckets:", "buckets: 1\nother:", r"(unknown|not YAML)"),
         ("key:", "key: &a", r"line 4: anchors and aliases are not allowed"),
@@ -281,3 +288,15 @@ def test_keys_that_differ_say_where():
     assert KEY.differences(KEY) == ""
     other = replace(KEY, gpu="NVIDIA B200", tp_size=4)
     assert KEY.differences(other) == "gpu 'NVIDIA H200' (here 'NVIDIA B200'), tp_size 8 (here 4)"
+
+
+def test_copy_engines_are_told_by_zero_ctas_and_need_the_transport_peer():
+    copying = Candidate(Kind.WEAVE, fuse_ctas=16)
+    measured = tuple(Measurement(each, 50.0, 1.0, 15) for each in (OFF, copying))
+    found = table(Bucket(Mode.PREFILL, 64, copying, measured))
+    assert "chosen: {kind: weave, ctas: 0, fuse_ctas: 16}" in to_text(found)
+    assert from_text(to_text(found)) == found
+    assert plan_table(found).needs_copy_engines
+    assert not plan_table(table(bucket(64, WEAVE))).needs_copy_engines
+    with pytest.raises(ValueError, match="'multicast'; the copy engines serve the transport peer"):
+        replace(found, key=replace(KEY, transport="multicast"))

@@ -42,11 +42,10 @@ def table(*buckets, key=KEY):
     return Table(key, "2026-11-24T15:00:00Z", buckets)
 
 
-_engines = st.sampled_from(["kernel", "copy"])
 _ctas = st.integers(1, 24).map(lambda pairs: 2 * pairs)
 candidates = st.one_of(
-    st.builds(Candidate, st.just(Kind.FUSE), fuse_ctas=_ctas, engine=_engines),
-    st.builds(Candidate, st.just(Kind.WEAVE), st.integers(-999, 999), _ctas, _ctas, _engines),
+    st.builds(Candidate, st.just(Kind.FUSE), fuse_ctas=_ctas),
+    st.builds(Candidate, st.just(Kind.WEAVE), st.integers(-999, 999), st.just(0) | _ctas, _ctas),
 )
 times = st.integers(1, 10**9).map(lambda tenths: tenths / 10)
 

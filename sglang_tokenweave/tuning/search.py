@@ -30,15 +30,14 @@ class Space:
     """What may be tried on this server."""
 
     sms: int
-    ctas: tuple[int, ...]  # beside a computation
+    ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
     fuse_ctas: tuple[int, ...]  # of the op alone
-    engine: str
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`, OFF first."""
-        fuses = [Candidate(Kind.FUSE, fuse_ctas=n, engine=self.engine) for n in self.fuse_ctas]
+        fuses = [Candidate(Kind.FUSE, fuse_ctas=n) for n in self.fuse_ctas]
         weaves = [
-            Candidate(Kind.WEAVE, offset, ctas, self.fuse_ctas[-1], self.engine)
+            Candidate(Kind.WEAVE, offset, ctas, self.fuse_ctas[-1])
             for ctas in self.ctas
             if self.sms - ctas >= LEAST_SMS
             for offset in CUT_OFFSETS
@@ -109,8 +108,8 @@ class _Halving:
     the best is dropped while half of the others look better, and none of those is within 2 % of it.
     The shortest of three rounds with an error of 1 % each is off by 0.75 %; so half of the others,
     each more than 2 % slower, would have to err by two standard errors of a difference at once.
-    The fewer are left, the more rounds they have, so the errors shrink as the differences do. 13
-    candidates take 93 runs so, and 195 if all of them ran through all rounds.
+    The fewer are left, the more rounds they have, so the errors shrink as the differences do. 16
+    candidates take 114 runs so, and 240 if all of them ran through all rounds.
     """
 
     def __init__(

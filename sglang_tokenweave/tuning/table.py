@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from sglang_tokenweave.config import CHOICES
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning import checks
 from sglang_tokenweave.waves import LayerShape, transformer_layer
@@ -84,25 +83,25 @@ class Candidate:
 
     kind: Kind
     cut_offset: int = 0  # tokens added to the planner's cut; 0 unless WEAVE
-    ctas: int = 0  # of the op beside a computation; 0 unless WEAVE
+    ctas: int = 0  # of the op beside a computation; of a WEAVE, 0 means the copy engines
     fuse_ctas: int = 0  # of the op alone on its stream; 0 if OFF
-    engine: str = "kernel"  # who moves the bytes beside a computation
 
     def __post_init__(self) -> None:
         if type(self.kind) is not Kind:
             raise ValueError(f"kind: got {self.kind!r}; expected one of {', '.join(Kind)}")
-        if self.engine not in CHOICES["engine"]:
-            allowed = ", ".join(CHOICES["engine"])
-            raise ValueError(f"engine: got {self.engine!r}; expected one of {allowed}")
         weaves, runs = self.kind is Kind.WEAVE, self.kind is not Kind.OFF
-        self._check_ctas("ctas", weaves)
-        self._check_ctas("fuse_ctas", runs)
+        self._check_ctas("ctas", 0, is_used=weaves)
+        self._check_ctas("fuse_ctas", 2, is_used=runs)
         bound = MOST_TOKENS if weaves else 0
         checks.integer("cut_offset", self.cut_offset, -bound, bound)
 
-    def _check_ctas(self, name: str, is_used: bool) -> None:
+    @property
+    def needs_copy_engines(self) -> bool:
+        return self.kind is Kind.WEAVE and self.ctas == 0
+
+    def _check_ctas(self, name: str, least: int, *, is_used: bool) -> None:
         value = getattr(self, name)
-        checks.integer(name, value, 2 if is_used else 0, 1024 if is_used else 0)
+        checks.integer(name, value, least if is_used else 0, 1024 if is_used else 0)
         if value % 2:
             raise ValueError(f"{name}: got {value}; expected an even number")
 
@@ -185,7 +184,8 @@ class Table:
     """All buckets that were measured on one machine.
 
     Raises:
-        ValueError: two buckets are of the same mode and size, or the CTAs leave too few SMs.
+        ValueError: two buckets are of the same mode and size, the CTAs leave too few SMs, or
+            there are no CTAs and this transport has no copy engines.
     """
 
     key: Key
@@ -201,7 +201,13 @@ class Table:
             if (bucket.mode, bucket.tokens) in seen:
                 raise ValueError(f"buckets: two of mode {bucket.mode} and {bucket.tokens} tokens")
             seen.add((bucket.mode, bucket.tokens))
-            most = max(measurement.candidate.ctas for measurement in bucket.measured)
+            candidates = [measurement.candidate for measurement in bucket.measured]
+            if self.key.transport != "peer" and any(c.needs_copy_engines for c in candidates):
+                raise ValueError(
+                    f"buckets: ctas is 0 and transport {self.key.transport!r}; the copy engines "
+                    "serve the transport peer only"
+                )
+            most = max(candidate.ctas for candidate in candidates)
             if self.key.sms - most < LEAST_SMS:
                 raise ValueError(
                     f"buckets: {most} CTAs of {self.key.sms} SMs leave fewer than {LEAST_SMS} to "

@@ -16,7 +16,7 @@ from sglang_tokenweave.tuning.table import Bucket, Candidate, Key, Measurement, 
 FORMAT = 1
 MOST_BYTES = 256 * 1024  # ten times a usual table
 _FIELDS = ("format", "measured_at", "key", "buckets")
-_CANDIDATE = (("kind",), ("cut_offset", "ctas", "fuse_ctas", "engine"))
+_CANDIDATE = (("kind",), ("cut_offset", "ctas", "fuse_ctas"))
 
 
 def read_file(path: Path) -> tuple[Table, str]:
@@ -87,10 +87,15 @@ def to_text(table: Table) -> str:
 
 
 def _candidate(candidate: Candidate) -> str:
-    """Return the fields that are not what they are by default."""
+    """Return the fields that are not what they are by default, and that of the copy engines."""
     values = {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
     default = {field.name: field.default for field in fields(Candidate)}
-    return ", ".join(f"{name}: {value}" for name, value in values.items() if value != default[name])
+    told = {"ctas"} if candidate.needs_copy_engines else set()
+    return ", ".join(
+        f"{name}: {value}"
+        for name, value in values.items()
+        if value != default[name] or name in told
+    )
 
 
 def _read_key(node: Node) -> Key:
@@ -132,5 +137,5 @@ def _read_candidate(node: Node, parts: Mapping[str, Node]) -> Candidate:
     values: dict[str, Any] = {"kind": parts["kind"].member(Kind)}
     for name in _CANDIDATE[1]:
         if name in parts:
-            values[name] = parts[name].word() if name == "engine" else parts[name].integer()
+            values[name] = parts[name].integer()
     return node.build(Candidate, values, parts)

@@ -62,7 +62,7 @@ def find(config: TokenWeaveConfig, key: Key, group: Group) -> Tuned | None:
     Of kept tables rank 0's counts, and all others get its text.
 
     Raises:
-        TableError: the given file is no table, or of another key or engine; on all ranks.
+        TableError: the given file is no table, or of another key; on all ranks.
         DisagreementError: the ranks read different files.
         LostRankError: some rank did not take part.
     """
@@ -72,16 +72,13 @@ def find(config: TokenWeaveConfig, key: Key, group: Group) -> Tuned | None:
         differences = read.key.differences(key)
         if differences:
             raise TableError(f"table {config.table} is of another key: {differences}")
-        if not _has_engine(read, config.engine):
-            raise TableError(f"table {config.table} needs another --tokenweave-engine than here")
         return Tuned(read, "file", config.table, time.perf_counter() - began)
     if config.tune != "auto":
         return None
     kept = group.gather(cache.load(key) if group.rank == 0 else None)[0]
-    table = text.from_text(kept) if kept is not None else None
-    if table is None or not _has_engine(table, config.engine):
+    if kept is None:
         return None
-    return Tuned(table, "cache", _path(key), time.perf_counter() - began)
+    return Tuned(text.from_text(kept), "cache", _path(key), time.perf_counter() - began)
 
 
 def measure(
@@ -101,7 +98,8 @@ def measure(
     meter = Meter(model_runner, runtime, group)
     sizes = _sizes(model_runner, runtime)
     buckets: list[Bucket] = []
-    found = search(sizes, space(config, key), meter.measure, meter.spent_s, config.tune_seconds)
+    tried = space(config, key, has_copy_engines=runtime.transport.has_copy_engines)
+    found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
     for bucket in found:
         buckets.append(bucket)
         if group.rank == 0:
@@ -124,20 +122,13 @@ def measure(
     return tuned
 
 
-def space(config: TokenWeaveConfig, key: Key) -> Space:
-    """Return what may be tried: CTAs only where the op occupies some."""
-    ctas: tuple[int, ...] = (config.ctas,)
-    fuse_ctas: tuple[int, ...] = (config.fuse_ctas,)
+def space(config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool) -> Space:
+    """Return what may be tried: several numbers of CTAs only where the op occupies them."""
+    ctas, fuse_ctas = {config.ctas}, {config.fuse_ctas}
     if key.transport != "reference":
-        fuse_ctas = tuple(sorted({8, 16, 32, config.fuse_ctas}))
-        if config.engine == "kernel":
-            ctas = tuple(sorted({4, 8, 16, config.ctas}))
-    return Space(key.sms, ctas, fuse_ctas, config.engine)
-
-
-def _has_engine(table: Table, engine: str) -> bool:
-    chosen = [bucket.chosen for bucket in table.buckets]
-    return all(each.engine == engine for each in chosen if each.kind is Kind.WEAVE)
+        ctas |= {4, 8, 16, *([0] if has_copy_engines else [])}
+        fuse_ctas |= {8, 16, 32}
+    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)))
 
 
 def _read_given(path: Path, group: Group) -> Table:
@@ -178,7 +169,8 @@ def shown(candidate: Candidate) -> str:
     """Return a candidate that does something, in a few words."""
     words = [f"{candidate.fuse_ctas} CTAs alone"]
     if candidate.kind is Kind.WEAVE:
-        words = [f"{candidate.ctas} CTAs beside", *words]
+        beside = "copy engines" if candidate.needs_copy_engines else f"{candidate.ctas} CTAs"
+        words = [f"{beside} beside", *words]
         words += [f"cut {candidate.cut_offset:+d}"] if candidate.cut_offset else []
     return f"{candidate.kind} ({', '.join(words)})"
 
