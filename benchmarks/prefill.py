@@ -38,6 +38,7 @@ class Variant:
     flags: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
     no_communication: bool = False
+    tunes: bool = False  # measures at its start: no other server may start meanwhile
 
     @property
     def is_ours(self) -> bool:
@@ -59,7 +60,14 @@ VARIANTS = {
     ),
     "weave/kernel/4": _ours("--tokenweave-ctas", "4"),
     "weave/kernel/8": _ours("--tokenweave-ctas", "8"),
-    "weave/copy": _ours("--tokenweave-engine", "copy"),
+    "weave/copy": _ours("--tokenweave-ctas", "0"),
+    "auto": Variant(
+        (
+            *("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer"),
+            *("--tokenweave-tune", "force"),
+        ),
+        tunes=True,
+    ),
     "weave/eager": _ours("--cuda-graph-backend-prefill", "disabled"),
     "no_comm": Variant(no_communication=True),
 }
@@ -193,7 +201,7 @@ def _one_length(
     for name, server in servers.items():
         wanted = name.partition("/")[0]
         plans = {plan: n - before[name][plan] for plan, n in server.plans().items()}
-        if plans and plans[wanted] < sum(plans.values()):
+        if plans.get(wanted, 0) < sum(plans.values()) and not VARIANTS[name].tunes:
             absent[f"{name}, {tokens} tokens"] = f"ran as {plans}"
             continue
         time = timing.summarize([wall for wall, _ in rounds[name]])
@@ -213,7 +221,10 @@ def _prompt(options: argparse.Namespace, tokens: int, number: int, name: str) ->
 
 @contextmanager
 def _served(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Served]]:
-    """Start all servers at once, which a machine with many cores does in the time of one."""
+    """Start all servers at once, which a machine with many cores does in the time of one.
+
+    A server that tunes starts before the others.
+    """
     model = shapes.write(options.shape, options.layers, folder)
     plugin = forward_timer.folder(folder / "plugin")
     with ExitStack() as stack:
@@ -234,8 +245,13 @@ def _served(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Ser
             print(f"{name} serves", flush=True)
             return Served(port, output, options.tp)
 
-        with ThreadPoolExecutor(1 if options.cpu else len(options.variants)) as pool:
-            yield dict(zip(options.variants, pool.map(start, options.variants), strict=True))
+        names = sorted(options.variants, key=lambda name: not VARIANTS[name].tunes)
+        tuning = [name for name in names if VARIANTS[name].tunes]
+        servers = {name: start(name) for name in tuning}
+        others = names[len(tuning) :]
+        with ThreadPoolExecutor(1 if options.cpu else len(names)) as pool:
+            servers |= zip(others, pool.map(start, others), strict=True)
+        yield servers
 
 
 def _contender(options: argparse.Namespace, name: str, plugin: Path, output: Path) -> Contender:

@@ -28,7 +28,7 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "one_gpu": Bench(r"(fused|read|write|read\+write)/\d+"),
     "prefill": Bench(
-        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm",
+        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|auto|no_comm",
         ("cpu_us_per_layer", "tokens_per_s", "cut_tokens", "ctas_count"),
     ),
     "decode": Bench(

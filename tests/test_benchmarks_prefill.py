@@ -71,11 +71,12 @@ def test_a_variant_that_ran_as_something_else_has_no_row():
         "stock/default": Fake(30.0, None),
         "weave/kernel/4": Fake(20.0, "weave"),
         "weave/copy": Fake(10.0, "off"),
+        "auto": Fake(15.0, "fuse"),  # whatever it decides
     }
     options = Namespace(**{**vars(OPTIONS), "rounds": 3, "layers": 2})
     rows, absent = prefill._one_length(options, servers, 40)
     found = {row.variant: row for row in rows}
-    assert set(found) == {"stock/default", "weave/kernel/4"}
+    assert set(found) == {"stock/default", "weave/kernel/4", "auto"}
     assert found["weave/kernel/4"].time_us == 20.0
     assert found["weave/kernel/4"].extra == {"cpu_us_per_layer": 5.0}
     assert found["weave/kernel/4"].shape == "smoke-2l-tp1"
@@ -91,7 +92,8 @@ def test_every_server_loads_the_timer_and_only_ours_loads_the_extension(name, tm
     variables = dict(contender.variables)
     plugins = variables["SGLANG_PLUGINS"].split(",")
     assert forward_timer.NAME in plugins
-    assert ("tokenweave" in plugins) is contender.weaves is (name[:5] in ("fuse", "weave"))
+    is_ours = name.split("/")[0] in ("fuse", "weave", "auto")
+    assert ("tokenweave" in plugins) is contender.weaves is is_ours
     settings = Settings(**json.loads(variables[forward_timer.SETTINGS]))
     assert settings == Settings(str(tmp_path), no_communication=name == "no_comm")
 
