@@ -1,11 +1,15 @@
 """Which transport a server gets, and why not; creating one that multicast's switches forbid."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from distributed import run_ranks
 
-from sglang_tokenweave import transports
-from sglang_tokenweave.config import TRANSPORTS
+from sglang_tokenweave import install, seams, transports
+from sglang_tokenweave.agreement import DisagreementError
+from sglang_tokenweave.config import TRANSPORTS, TokenWeaveConfig
+from sglang_tokenweave.plan import PlanTable
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -70,7 +74,6 @@ def test_a_gpu_without_a_kernel_is_named(monkeypatch):
 def _create_forbidden(rank):
     import os
 
-    from sglang_tokenweave.agreement import DisagreementError
     from sglang_tokenweave.peer import MulticastTransport
 
     os.environ["NCCL_NVLS_ENABLE"] = "0"
@@ -89,3 +92,45 @@ def test_a_switch_forbids_the_multicast_transport_on_all_ranks():
     texts = run_ranks(_create_forbidden, 2)
     assert texts[0] == texts[1]
     assert "NCCL_NVLS_ENABLE=0 forbids multicast" in texts[0]
+
+
+@pytest.fixture
+def communicate(monkeypatch):
+    """Return what makes a server's transport; engines that copy cannot be made here."""
+
+    def create(name, device, group, *rows, has_copy_engines):
+        if has_copy_engines:
+            raise DisagreementError("no copy engines here")
+        return "transport", rows
+
+    monkeypatch.setattr(transports, "create", create)
+    arguments = {"enable_dynamic_chunking": False, "max_running_requests": 8}
+    monkeypatch.setattr(
+        seams, "resolved_arguments", lambda: arguments | {"chunked_prefill_size": 2048}
+    )
+    hf_config = SimpleNamespace(hidden_size=64)
+    runner = SimpleNamespace(
+        device="cuda", dtype=BF16, model_config=SimpleNamespace(hf_config=hf_config)
+    )
+
+    def run(**options):
+        config = TokenWeaveConfig(enabled=True, **options)
+        monkeypatch.setattr(install, "state", install.State(config))
+        thresholds = {"min_tokens": 9, "fuse_min_tokens": 0, "decode_min_tokens": 0}
+        table = PlanTable.from_thresholds(**thresholds, ctas=config.ctas, fuse_ctas=16)
+        return install._communication(runner, SimpleNamespace(group=None), table)
+
+    return run
+
+
+def test_a_measurement_does_without_copy_engines_that_cannot_be_made(communicate):
+    assert communicate(tune="auto") == ("transport", (2048, 64, BF16))
+    assert install.state.notes == ("copy engines (no copy engines here)",)
+    assert communicate(transport="peer") == ("transport", (2048, 64, BF16))
+    assert install.state.notes == ()  # nothing asked for them
+
+
+@pytest.mark.parametrize("tune", ["off", "auto"])
+def test_copy_engines_that_were_asked_for_and_cannot_be_made_are_an_error(tune, communicate):
+    with pytest.raises(DisagreementError, match="no copy engines here"):
+        communicate(transport="peer", ctas=0, tune=tune)
