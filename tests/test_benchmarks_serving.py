@@ -182,3 +182,21 @@ def test_a_client_that_fails_or_hangs_is_named(monkeypatch, tmp_path):
 
 def replace_deadline(place, seconds):
     return Namespace(**{**vars(place), "load_deadline": seconds})
+
+
+@pytest.mark.server
+def test_it_drives_real_servers_with_sglangs_client(model, tmp_path, capsys):
+    output = tmp_path / "serving.json"
+    command = ["--model", str(model("llama")), "--cpu", "--both=--sleep-on-idle"]
+    load_of = ["--workloads", "sharegpt_like", "--prompts", "2", "--rounds", "1"]
+    commit = ["--commit", "0123456", "--output", str(output)]
+    ours = ["--ours=--tokenweave-min-tokens 64"]
+    assert serving.main([*command, *ours, *load_of, *commit]) == 0, capsys.readouterr().err
+    rows = schema.load(output).rows
+    assert [row.variant for row in rows] == ["stock", "tokenweave"]
+    # Drawn with one seed, so that both servers have the same prompts.
+    assert rows[0].tokens == rows[1].tokens > 0
+    for row in rows:
+        assert row.time_us >= row.extra["ttft_us"] > 0
+        assert row.extra["tokens_per_s"] > row.extra["requests_per_s"] > 0
+    assert "SMOKE TEST" in capsys.readouterr().out
