@@ -198,6 +198,8 @@ def write(output: Path, command: str, num_examples: int, findings: Findings) -> 
             *(f"Left out, because they {why}: `{which}`" for why, which in EXCLUDED.items()),
             *(f"Only woven: {failure}" for failure in findings.new),
             *(f"Other status: {text}" for text in findings.other_status[:20]),
+            "SGLang drops sessions that timed out once a second: until then it refuses (400) to "
+            "open another one of that name, so two servers may answer differently.",
             f"Nothing to generate for: {'; '.join(findings.skipped) or 'none'}.",
             f"Generating was ended after {GENERATION_S} s of CPU time for: "
             f"{'; '.join(findings.cut_short) or 'none'}.",
