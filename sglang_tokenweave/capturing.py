@@ -2,18 +2,20 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from sglang_tokenweave import refusals, seams
-from sglang_tokenweave.agreement import step
+from sglang_tokenweave import refusals, seams, stock_graphs
+from sglang_tokenweave.agreement import DisagreementError, step
 from sglang_tokenweave.graphs import WovenGraphs
 from sglang_tokenweave.runtime import Runtime
+from sglang_tokenweave.stock_graphs import StockGraphs
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def why_not(model_runner: Any, runtime: Runtime) -> str | None:
@@ -49,13 +51,44 @@ def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenG
             graphs.capture((size, runtime.plan_to_capture(size)) for size in sizes)
         return graphs
 
-    def make_or_say_why() -> WovenGraphs:
-        try:
-            return make()
-        except Exception as error:  # of kernels, allocators and backends alike: weave without
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return step("capturing", runtime.model.place.group.cpu_group, lambda: _say_why(make))
 
-    return step("capturing", runtime.model.place.group.cpu_group, make_or_say_why)
+
+def _say_why(capture: Callable[[], T]) -> T:
+    try:
+        return capture()
+    except Exception as error:  # of kernels, allocators and backends alike
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def capture_again(graphs: StockGraphs, sizes: Sequence[int]) -> None:
+    """Capture some of SGLang's own graphs as the runtime's table has it now.
+
+    A collective call.
+
+    Raises:
+        DisagreementError: on all ranks, if capturing failed on any; then the graphs are as before.
+    """
+    group, before = graphs.runtime.model.place.group.cpu_group, graphs.take()
+    try:
+        step("capturing", group, lambda: _say_why(lambda: graphs.capture(sizes)))
+    except DisagreementError:
+        graphs.put_back(before)
+        raise
+
+
+def capture_fused(model_runner: Any, runtime: Runtime) -> None:
+    """Capture those of SGLang's own graphs again that a new table puts the fused op in, or out of.
+
+    A collective call.
+
+    Raises:
+        DisagreementError: as of `capture_again`.
+    """
+    for graphs in stock_graphs.find(model_runner, runtime):
+        sizes = graphs.fused()
+        if sizes:
+            capture_again(graphs, sizes)
 
 
 def capture_all(model_runner: Any, runtime: Runtime) -> WovenGraphs | None:

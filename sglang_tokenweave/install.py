@@ -141,10 +141,11 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
     runtime = state.runtime
     if runtime is None or not state.is_active or model_runner.is_draft_worker:
         return
-    if state.config.tune != "off" and state.tuned is None:
+    is_measured = state.config.tune != "off" and state.tuned is None
+    if is_measured:
         _measure(model_runner, runtime)
     if model_runner.device != "cpu":
-        _capture(model_runner, runtime)
+        _capture(model_runner, runtime, has_new_table=is_measured)
     if state.tuned is not None and state.pp_size == 1:
         ranks = runtime.model.place.group.ranks
         state.live = Live(runtime, _own_group(ranks), torch.device(model_runner.device))
@@ -260,7 +261,12 @@ def _measure(model_runner: Any, runtime: Runtime) -> None:
     runtime.table = plan_table(state.tuned.table)
 
 
-def _capture(model_runner: Any, runtime: Runtime) -> None:
+def _capture(model_runner: Any, runtime: Runtime, *, has_new_table: bool) -> None:
+    if has_new_table:
+        try:
+            capturing.capture_fused(model_runner, runtime)
+        except DisagreementError as error:
+            state.notes += (f"the fused op in SGLang's CUDA graphs ({error})",)
     problem = capturing.why_not(model_runner, runtime)
     if problem is None:
         try:

@@ -72,7 +72,7 @@ class Runtime:
         self.runs_stock = False  # the batch under way, whatever the table says: it is compared
         self.is_active = False  # until the attention backends of the halves exist
         self.graphs: WovenGraphs | None = None
-        self._captured: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own graphs, by tokens
+        self.kinds_in_graphs: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own, by tokens
         self._backends: tuple[Any, ...] = ()
 
     def activate(self, backends: tuple[Any, Any]) -> None:
@@ -165,7 +165,7 @@ class Runtime:
         if mode is None or not is_ours or num_tokens > self.buffer.capacity:
             return Plan(Kind.OFF)
         plan = plan_unsplit(mode, num_tokens, self.table)
-        self._captured[mode, num_tokens] = plan.kind
+        self.kinds_in_graphs[mode, num_tokens] = plan.kind
         return plan
 
     def exceeds_stock_graph(self, batch: Any) -> bool:
@@ -181,8 +181,8 @@ class Runtime:
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
         """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""
-        sizes = [size for of, size in self._captured if of is mode and size >= num_tokens]
-        return self._captured[mode, min(sizes)] if sizes else Kind.OFF
+        sizes = [size for of, size in self.kinds_in_graphs if of is mode and size >= num_tokens]
+        return self.kinds_in_graphs[mode, min(sizes)] if sizes else Kind.OFF
 
     def _decide(
         self, batch: Any, input_embeds: torch.Tensor | None

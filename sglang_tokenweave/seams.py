@@ -142,9 +142,14 @@ def forward_context(model_runner: Any) -> Any:
     return module.forward_context(module.ForwardContext(attn_backend=model_runner.attn_backend))
 
 
+# What SGLang's runners of CUDA graphs call the list of sizes that they capture.
+PREFILL_SIZES = "capture_num_tokens"
+DECODE_SIZES = "capture_bs"
+
+
 def graph_sizes(model_runner: Any) -> tuple[int, ...]:
     """Return the tokens that SGLang's own prefill graphs are for; empty if it has none."""
-    return tuple(getattr(model_runner.prefill_cuda_graph_runner, "capture_num_tokens", ()))
+    return tuple(getattr(model_runner.prefill_cuda_graph_runner, PREFILL_SIZES, ()))
 
 
 def graph_pool() -> Any:

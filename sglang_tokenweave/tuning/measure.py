@@ -1,7 +1,8 @@
 """Time candidates on the loaded model: whole forward passes, as SGLang will run them.
 
 OFF is whatever stock SGLang does with such a batch, its graphs included; a candidate is what the
-real Runtime does with it. A time is that of the slowest rank, and so is the clock: all ranks see
+real Runtime does with it, in the graph that it would have: FUSE in SGLang's own, WEAVE in one of
+its own. A time is that of the slowest rank, and so is the clock: all ranks see
 the same numbers, so that a search that decides by them does the same on all of them.
 """
 
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave import capturing, dummy, seams
+from sglang_tokenweave import capturing, dummy, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError, Group
 from sglang_tokenweave.graphs import WovenGraphs
 from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stats import Stats
+from sglang_tokenweave.stock_graphs import Taken
 from sglang_tokenweave.tuning.table import Candidate
 
 
@@ -35,8 +37,12 @@ class Meter:
         self._group = group
         is_on_cpu = model_runner.device == "cpu"
         self._why_no_graphs = "on a CPU" if is_on_cpu else capturing.why_not(model_runner, runtime)
-        self._captured_tokens = 0
-        self._captured: dict[Candidate, WovenGraphs | None] = {}
+        found = () if is_on_cpu else stock_graphs.find(model_runner, runtime)
+        self._stock = {graphs.mode: graphs for graphs in found}
+        self._as_loaded = {mode: graphs.take() for mode, graphs in self._stock.items()}
+        self._captured_size: tuple[Mode, int] | None = None
+        self._woven: dict[Candidate, WovenGraphs | None] = {}  # of that size, like the next
+        self._unsplit: dict[Candidate, Taken] = {}
         self._warm: set[tuple[Candidate, Mode, int]] = set()
         self._began = time.perf_counter()
         self._spent_s = 0.0
@@ -62,8 +68,7 @@ class Meter:
 
             def run(candidate: Candidate) -> float:
                 batch = dummy.batch(self._model_runner, mode, lengths, slots)
-                self._runtime.table = _always(mode, candidate)
-                self._runtime.graphs = self._graphs_of(candidate, mode, tokens)
+                self._bring_about(candidate, mode, tokens)
                 return _time_us(lambda: self._model_runner.forward(batch), slots[0].device)
 
             for candidate in candidates:
@@ -77,21 +82,43 @@ class Meter:
             problems = dict(self._runtime.stats.fallbacks)
         return self._agree(times, problems)
 
-    def _graphs_of(self, candidate: Candidate, mode: Mode, tokens: int) -> WovenGraphs | None:
-        """Return the graph that a candidate would run in, of which there is none on a CPU."""
-        if candidate.kind is not Kind.WEAVE or mode is Mode.DECODE:
-            return None
+    def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
+        """Let the next batch of this size run the candidate, in the graph that it would have."""
+        if (mode, tokens) != self._captured_size:  # graphs of another size have served
+            self._captured_size, self._woven, self._unsplit = (mode, tokens), {}, {}
+        self._runtime.table = _always(mode, candidate)
+        self._runtime.graphs = None
+        if candidate.kind is not Kind.WEAVE:
+            self._use_stock_graph(candidate, mode, tokens)
+        elif mode is not Mode.DECODE:
+            self._runtime.graphs = self._woven_graph(candidate, tokens)
+
+    def _woven_graph(self, candidate: Candidate, tokens: int) -> WovenGraphs | None:
         if self._why_no_graphs or tokens > max(seams.graph_sizes(self._model_runner)):
             return None
-        if tokens != self._captured_tokens:  # those of another size have served
-            self._captured_tokens, self._captured = tokens, {}
-        if candidate not in self._captured:
+        if candidate not in self._woven:
             try:
                 graphs = capturing.capture(self._model_runner, self._runtime, (tokens,))
             except DisagreementError:  # on all ranks: such a server would do without, too
                 graphs = None
-            self._captured[candidate] = graphs
-        return self._captured[candidate]
+            self._woven[candidate] = graphs
+        return self._woven[candidate]
+
+    def _use_stock_graph(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
+        """Let SGLang replay a graph that has the candidate inside, if it has one of this size."""
+        graphs = self._stock.get(mode)
+        size = graphs.size_for(tokens) if graphs else None
+        if graphs is None or size is None:
+            return
+        if candidate not in self._unsplit:
+            graphs.put_back(self._as_loaded[mode])
+            if Kind.FUSE in (candidate.kind, self._runtime.kind_in_graph(mode, size)):
+                try:
+                    capturing.capture_again(graphs, (size,))
+                except DisagreementError as error:
+                    raise NotMeasurableError(str(error)) from error
+            self._unsplit[candidate] = graphs.take()
+        graphs.put_back(self._unsplit[candidate])
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -104,6 +131,8 @@ class Meter:
         finally:
             self._runtime.table, self._runtime.graphs = table, graphs
             self._runtime.stats = stats
+            for mode, loaded in self._as_loaded.items():
+                self._stock[mode].put_back(loaded)
 
     def _agree(self, times: list[list[float]], problems: dict[str, int]) -> list[list[float]]:
         spent_s = time.perf_counter() - self._began

@@ -1,0 +1,205 @@
+"""SGLang's own graphs, captured again for a candidate or a new table.
+
+The runner is a stand-in, because SGLang's captures on GPUs only: its list of sizes, its `capture`
+and the dictionaries of its backend are what is used of it.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from in_process import World
+from server import VERSIONS, overlay
+
+from sglang_tokenweave import capturing, seams, stock_graphs
+from sglang_tokenweave.agreement import DisagreementError
+from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable, plan_unsplit
+from sglang_tokenweave.runtime import Runtime
+from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
+from sglang_tokenweave.tuning.table import OFF, Candidate
+
+FUSE_8, FUSE_16 = (Candidate(Kind.FUSE, fuse_ctas=ctas) for ctas in (8, 16))
+WEAVE = Candidate(Kind.WEAVE, ctas=8, fuse_ctas=16)
+NOTHING = PlanTable(())
+
+
+class OurRuntime(SimpleNamespace):
+    """The part of a Runtime that knows what is in SGLang's graphs."""
+
+    kind_in_graph = Runtime.kind_in_graph
+
+    def __init__(self, group=None):
+        place = SimpleNamespace(group=SimpleNamespace(cpu_group=group), is_whole=True)
+        super().__init__(
+            table=NOTHING,
+            graphs=None,
+            stats=None,
+            kinds_in_graphs={},
+            model=SimpleNamespace(place=place),
+        )
+
+
+class Runner:
+    """Captures what the runtime plans for each of its sizes: a kind and its CTAs."""
+
+    def __init__(self, mode, sizes_name, sizes, runtime):
+        self.mode, self.sizes_name, self.runtime = mode, sizes_name, runtime
+        self.backend = SimpleNamespace(graphs={}, outputs={}, pool="a pool")
+        self.fails_at = None
+        setattr(self, sizes_name, sizes)
+        self.capture()
+
+    def capture(self):
+        for size in reversed(getattr(self, self.sizes_name)):
+            plan = plan_unsplit(self.mode, size, self.runtime.table)
+            self.runtime.kinds_in_graphs[self.mode, size] = plan.kind
+            if size == self.fails_at:
+                raise MemoryError("no memory left")
+            self.backend.graphs[size] = (plan.kind, plan.fuse_ctas)
+            self.backend.outputs[size] = f"rows of {size}"
+
+
+def server(runtime, table=NOTHING):
+    """Return a ModelRunner whose graphs were captured with a table."""
+    runtime.table = table
+    return SimpleNamespace(
+        device="cuda",
+        prefill_attention_backend_str="fa3",
+        prefill_cuda_graph_runner=Runner(
+            Mode.PREFILL, "capture_num_tokens", [64, 128, 512], runtime
+        ),
+        decode_cuda_graph_runner=Runner(Mode.DECODE, "capture_bs", [1, 2, 4], runtime),
+    )
+
+
+def fuse_from(tokens, mode=Mode.PREFILL, ctas=16):
+    return PlanTable((PlanRow(mode, tokens, Kind.FUSE, fuse_ctas=ctas),))
+
+
+def test_what_there_is_and_which_graph_holds_a_batch():
+    runtime = OurRuntime()
+    model_runner = server(runtime)
+    prefill, decode = stock_graphs.find(model_runner, runtime)
+    assert (prefill.mode, prefill.sizes) == (Mode.PREFILL, (64, 128, 512))
+    assert [prefill.size_for(tokens) for tokens in (1, 64, 65, 513)] == [64, 64, 128, None]
+    model_runner.prefill_cuda_graph_runner = None
+    assert stock_graphs.find(model_runner, runtime) == (decode,)
+
+
+def test_graphs_of_some_sizes_are_captured_again_and_put_back():
+    runtime = OurRuntime()
+    prefill, _ = stock_graphs.find(server(runtime), runtime)
+    stock = prefill.take()
+    runtime.table = fuse_from(1)
+    prefill.capture((128,))
+    backend = prefill.runner.backend
+    assert backend.graphs == {64: (Kind.OFF, 0), 128: (Kind.FUSE, 16), 512: (Kind.OFF, 0)}
+    assert prefill.sizes == (64, 128, 512)
+    assert runtime.kind_in_graph(Mode.PREFILL, 100) is Kind.FUSE
+    fused = prefill.take()
+    prefill.put_back(stock)
+    assert set(backend.graphs.values()) == {(Kind.OFF, 0)}
+    assert runtime.kind_in_graph(Mode.PREFILL, 100) is Kind.OFF
+    prefill.put_back(fused)
+    assert backend.graphs[128] == (Kind.FUSE, 16)
+    assert backend.pool == "a pool"
+
+
+def test_a_new_table_renews_the_graphs_that_it_puts_the_op_in_or_out_of():
+    runtime = OurRuntime()
+
+    def renew(group):
+        runtime.model.place.group.cpu_group = group
+        model_runner = server(runtime, fuse_from(128, ctas=8))
+        runtime.table = fuse_from(512, ctas=32)
+        capturing.capture_fused(model_runner, runtime)
+        return model_runner.prefill_cuda_graph_runner.backend.graphs
+
+    (graphs,) = World(1).run(renew)
+    assert graphs == {64: (Kind.OFF, 0), 128: (Kind.OFF, 0), 512: (Kind.FUSE, 32)}
+    assert runtime.kind_in_graph(Mode.PREFILL, 100) is Kind.OFF
+
+
+def test_if_one_rank_cannot_capture_all_keep_the_graphs_that_they_had():
+    def renew(group):
+        runtime = OurRuntime(group)
+        model_runner = server(runtime)
+        prefill, _ = stock_graphs.find(model_runner, runtime)
+        prefill.runner.fails_at = 64 if group.rank == 1 else None
+        runtime.table = fuse_from(1)
+        with pytest.raises(DisagreementError, match=r"rank 1: .*no memory left"):
+            capturing.capture_fused(model_runner, runtime)
+        return set(prefill.runner.backend.graphs.values()), set(runtime.kinds_in_graphs.values())
+
+    assert World(2).run(renew) == 2 * [({(Kind.OFF, 0)}, {Kind.OFF})]
+
+
+def meter(group, table=NOTHING):
+    runtime = OurRuntime(group)
+    model_runner = server(runtime, table)
+    return Meter(model_runner, runtime, group), model_runner, runtime
+
+
+def test_each_candidate_is_timed_in_the_graph_that_it_would_have(monkeypatch):
+    monkeypatch.setattr(capturing, "capture", lambda *_: "woven graphs")
+
+    def prepare(group):
+        timer, model_runner, runtime = meter(group)
+        prefill = model_runner.prefill_cuda_graph_runner.backend
+        decode = model_runner.decode_cuda_graph_runner.backend
+        seen = []
+        for candidate in (OFF, FUSE_8, FUSE_16, OFF, FUSE_8, WEAVE):
+            timer._bring_about(candidate, Mode.PREFILL, 100)
+            seen.append((prefill.graphs[128], runtime.graphs))
+        timer._bring_about(FUSE_16, Mode.DECODE, 4)
+        assert decode.graphs[4] == (Kind.FUSE, 16)
+        timer._bring_about(FUSE_16, Mode.DECODE, 5)  # there is no such graph: launch by launch
+        return seen
+
+    (seen,) = World(1).run(prepare)
+    off, fuse_8, fuse_16 = ((Kind.OFF, 0), None), ((Kind.FUSE, 8), None), ((Kind.FUSE, 16), None)
+    assert seen[:5] == [off, fuse_8, fuse_16, off, fuse_8]
+    assert seen[5][1] == "woven graphs"
+
+
+def test_off_is_stock_also_where_thresholds_fuse():
+    def prepare(group):
+        timer, model_runner, _ = meter(group, fuse_from(1))
+        graphs = model_runner.prefill_cuda_graph_runner.backend
+        timer._bring_about(OFF, Mode.PREFILL, 64)
+        during = dict(graphs.graphs)
+        with timer._aside():
+            pass
+        return during, graphs.graphs
+
+    ((during, after),) = World(1).run(prepare)
+    assert during == {64: (Kind.OFF, 0), 128: (Kind.FUSE, 16), 512: (Kind.FUSE, 16)}
+    assert set(after.values()) == {(Kind.FUSE, 16)}
+
+
+def test_a_graph_that_cannot_be_captured_ends_the_measurement():
+    def prepare(group):
+        timer, model_runner, _ = meter(group)
+        model_runner.prefill_cuda_graph_runner.fails_at = 64
+        timer._bring_about(FUSE_8, Mode.PREFILL, 64)
+
+    (error,) = World(1).run(prepare)
+    assert isinstance(error, NotMeasurableError)
+    assert "no memory left" in str(error)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_release_has_what_is_used_of_its_runners(version):
+    paths = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
+    root = Path(paths[0], "sglang", "srt", "model_executor")
+    model_runner = (root / "model_runner.py").read_text()
+    for name, sizes_name in (("prefill", seams.PREFILL_SIZES), ("decode", seams.DECODE_SIZES)):
+        assert f"self.{name}_cuda_graph_runner = " in model_runner
+        runner = (root / "runner" / f"{name}_cuda_graph_runner.py").read_text()
+        assert "    def capture(self) -> None:" in runner
+        assert f"reversed(self.{sizes_name})" in runner  # all that it captures
+    for name in ("full", "breakable"):
+        backend = (root / "runner_backend" / f"{name}_cuda_graph_backend.py").read_text()
+        assert "self._graphs: Dict[" in backend
+        assert "self._graphs[shape_key].replay()" in backend
