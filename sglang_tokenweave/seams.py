@@ -152,6 +152,12 @@ def graph_sizes(model_runner: Any) -> tuple[int, ...]:
     return tuple(getattr(model_runner.prefill_cuda_graph_runner, PREFILL_SIZES, ()))
 
 
+def decode_graph_sizes(model_runner: Any) -> tuple[int, ...]:
+    """Return the requests that SGLang's own decode graphs are for; empty if it has none."""
+    runner = getattr(model_runner, "decode_cuda_graph_runner", None)
+    return tuple(getattr(runner, DECODE_SIZES, ()))
+
+
 def graph_pool() -> Any:
     """Return the memory pool of SGLang's graphs: one graph runs at a time, so ours share it."""
     pool = "model_executor.runner_utils.pool:get_or_create_global_graph_memory_pool"

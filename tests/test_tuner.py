@@ -127,7 +127,8 @@ def test_only_force_writes_to_the_named_file(path):
 def test_what_may_be_tried_depends_on_who_moves_the_bytes():
     def tried(transport, *, has_copy_engines=False, **options):
         key = replace(KEY, transport=transport)
-        found = tuner.space(config(**options), key, has_copy_engines=has_copy_engines)
+        here = {"has_copy_engines": has_copy_engines, "largest_decode_graph": 0}
+        found = tuner.space(config(**options), key, **here)
         return found.ctas, found.fuse_ctas
 
     assert tried("peer", has_copy_engines=True) == ((0, 4, 8, 16), (8, 16, 32))

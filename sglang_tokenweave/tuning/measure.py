@@ -57,7 +57,8 @@ class Meter:
         """Return the times of each candidate in us, one a round; a collective call.
 
         Every round runs all candidates once, after the ranks have met. Before its first round a
-        candidate runs once untimed: kernels are chosen and memory is allocated then.
+        candidate runs once untimed: graphs are captured, kernels are chosen and memory is allocated
+        then. With 0 rounds, that is all.
 
         Raises:
             NotMeasurableError: a candidate did not run as planned; on all ranks.

@@ -16,13 +16,16 @@ from sglang_tokenweave.tuning.table import (
 )
 
 # `measure(candidates, mode, tokens, rounds)` returns the times of each candidate, in us, one a
-# round. It runs all of them once in every round: a machine that slows down slows all of them.
+# round. It runs all of them once in every round: a machine that slows down slows all of them. A
+# candidate that is new to a size is prepared first, its graph captured for one; 0 rounds do only
+# that.
 Measure = Callable[[Sequence[Candidate], Mode, int, int], Sequence[Sequence[float]]]
 
 FIRST_ROUNDS = 3
 FINAL_ROUNDS = 15  # of the finalists, OFF among them, in all
 CUT_OFFSETS = (0, -256, 256)  # tokens: the height of a tile
 _FIXED_TOKENS = 512  # a batch costs about as much as these many tokens before its first one
+_MEAN_ROUNDS = 7  # of a candidate, by halving
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Space:
     sms: int
     ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
     fuse_ctas: tuple[int, ...]  # of the op alone
+    # A woven decode is launched one by one, which cannot beat a graph.
+    largest_decode_graph: int = 0  # of SGLang's, in requests
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`, OFF first."""
@@ -44,7 +49,8 @@ class Space:
             # A half shorter than a quarter hides nothing; requests of one token are cut anywhere.
             if offset == 0 or (mode is Mode.PREFILL and num_tokens >= 4 * abs(offset))
         ]
-        return [OFF, *fuses, *(weaves if num_tokens > 1 else [])]
+        smallest = self.largest_decode_graph + 1 if mode is Mode.DECODE else 1
+        return [OFF, *fuses, *(weaves if num_tokens >= max(2, smallest) else [])]
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:
@@ -62,7 +68,7 @@ def search(
 ) -> Iterator[Bucket]:
     """Yield a bucket for each size, as it is done, within `budget_s` seconds for all of them.
 
-    Each size gets a share of what is left of the budget, as its tokens are to those still to come.
+    Each size gets a share of what is left of the budget, as its work is to that still to come.
     Where a share is too short for all candidates, those run that were best at the size before. A
     size that has no time left is not yielded, and the planner leaves such batches alone.
 
@@ -74,21 +80,51 @@ def search(
         budget_s: a call of `measure` that would end later, by what is known, is not made.
     """
     ordered = sorted(sizes, key=lambda size: (size[0] is Mode.DECODE, size[1]))
-    weights = [tokens + _FIXED_TOKENS for _, tokens in ordered]
-    cost_s: float = 0  # of a run, per unit of weight
+    if not ordered or spent_s() >= budget_s:
+        return
+    costs = _probe(*ordered[0], space, measure, spent_s)
     ranking: list[Candidate] = []  # of the size before, the best first
     for index, (mode, tokens) in enumerate(ordered):
-        share_s = (budget_s - spent_s()) * weights[index] / sum(weights[index:])
-        rivals = space.candidates(mode, tokens)
-        if cost_s:
-            fitting = int(share_s / (cost_s * weights[index] * LEAST_ROUNDS))
-            rivals = _prune(rivals, ranking, max(2, fitting))
+        shares = [
+            costs.prepare_s + _MEAN_ROUNDS * costs.run_s(later) for _, later in ordered[index:]
+        ]
+        share_s = (budget_s - spent_s()) * shares[0] / sum(shares)
+        fitting = int(share_s / (costs.prepare_s + _MEAN_ROUNDS * costs.run_s(tokens)))
+        rivals = _prune(space.candidates(mode, tokens), ranking, max(2, fitting))
         halving = _Halving(mode, tokens, measure, spent_s, spent_s() + share_s)
-        halving.run(rivals, cost_s * weights[index])
+        halving.run(rivals, costs)
         if halving.times:
-            cost_s, ranking = halving.cost_s / weights[index], halving.ranking()
+            costs, ranking = halving.costs, halving.ranking()
         if len(halving.times.get(OFF, ())) >= LEAST_ROUNDS:
             yield halving.bucket()
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What measuring takes, as last seen."""
+
+    prepare_s: float  # a candidate, at each size
+    unit_s: float  # a run, for each token
+
+    def run_s(self, tokens: int) -> float:
+        return self.unit_s * (tokens + _FIXED_TOKENS)
+
+    @classmethod
+    def of(cls, prepare_s: float, run_s: float, tokens: int) -> "_Costs":
+        return cls(prepare_s, run_s / (tokens + _FIXED_TOKENS))
+
+
+def _probe(
+    mode: Mode, tokens: int, space: Space, measure: Measure, spent_s: Callable[[], float]
+) -> _Costs:
+    """Measure OFF and one more once, to know what it takes."""
+    last = space.candidates(mode, tokens)[-1]
+    measure([OFF], mode, tokens, 0)
+    began_s = spent_s()
+    measure([last], mode, tokens, 0)
+    prepared_s = spent_s()
+    measure([OFF, last], mode, tokens, 1)
+    return _Costs.of(prepared_s - began_s, (spent_s() - prepared_s) / 2, tokens)
 
 
 def _prune(rivals: list[Candidate], ranking: list[Candidate], most: int) -> list[Candidate]:
@@ -121,20 +157,23 @@ class _Halving:
         deadline_s: float,
     ) -> None:
         self.times: dict[Candidate, list[float]] = {}
-        self.cost_s = 0.0  # of one run, as last seen
+        self.costs = _Costs(0, 0)
         self._mode, self._tokens = mode, tokens
         self._measure, self._spent_s, self._deadline_s = measure, spent_s, deadline_s
 
-    def run(self, rivals: list[Candidate], cost_s: float) -> None:
-        """Run rounds of fewer and fewer rivals until the last ones or the time are done.
-
-        Args:
-            rivals: OFF first.
-            cost_s: what one run will take, 0 if nothing is known.
-        """
+    def run(self, rivals: list[Candidate], expected: _Costs) -> None:
+        """Run rounds of fewer and fewer rivals, OFF first, until two or the time are left."""
+        before_s = self._spent_s()
+        if self._deadline_s - before_s <= expected.prepare_s * len(rivals):
+            return
+        self._measure(rivals, self._mode, self._tokens, 0)
+        # The probe has prepared some of the first size's, and graphs of more tokens take no less.
+        prepare_s = max(expected.prepare_s, (self._spent_s() - before_s) / len(rivals))
+        run_s = expected.run_s(self._tokens)
         rounds = 1  # tells what a run takes
-        while rounds and self._run_rounds(rivals, rounds, cost_s):
-            cost_s, done = self.cost_s, len(self.times[OFF])
+        while rounds and self._run_rounds(rivals, rounds, run_s):
+            run_s, done = self._run_s, len(self.times[OFF])
+            self.costs = _Costs.of(prepare_s, run_s, self._tokens)
             if done < FIRST_ROUNDS:
                 rounds = FIRST_ROUNDS - done
                 continue
@@ -142,15 +181,14 @@ class _Halving:
                 rivals = self._better_half(rivals)
             rounds = FINAL_ROUNDS - done if len(rivals) <= 3 else done
 
-    def _run_rounds(self, rivals: list[Candidate], rounds: int, cost_s: float) -> bool:
+    def _run_rounds(self, rivals: list[Candidate], rounds: int, run_s: float) -> bool:
         """Run as many of the rounds as there is time for; return whether there was for any."""
         before_s = self._spent_s()
-        left_s = self._deadline_s - before_s
-        fitting = int(left_s / (len(rivals) * cost_s)) if cost_s else int(left_s > 0)
+        fitting = int((self._deadline_s - before_s) / (len(rivals) * run_s))
         rounds = max(0, min(rounds, fitting))
         if rounds:
             found = self._measure(rivals, self._mode, self._tokens, rounds)
-            self.cost_s = (self._spent_s() - before_s) / (rounds * len(rivals))
+            self._run_s = (self._spent_s() - before_s) / (rounds * len(rivals))
             for rival, measured in zip(rivals, found, strict=True):
                 self.times.setdefault(rival, []).extend(measured)
         return rounds > 0

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sglang_tokenweave import dummy, user_cache
+from sglang_tokenweave import dummy, seams, user_cache
 from sglang_tokenweave.agreement import Group, compare
 from sglang_tokenweave.config import TokenWeaveConfig
 from sglang_tokenweave.plan import Kind, Mode
@@ -98,7 +98,12 @@ def measure(
     meter = Meter(model_runner, runtime, group)
     sizes = _sizes(model_runner, runtime)
     buckets: list[Bucket] = []
-    tried = space(config, key, has_copy_engines=runtime.transport.has_copy_engines)
+    tried = space(
+        config,
+        key,
+        has_copy_engines=runtime.transport.has_copy_engines,
+        largest_decode_graph=max(seams.decode_graph_sizes(model_runner), default=0),
+    )
     found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
     for bucket in found:
         buckets.append(bucket)
@@ -122,13 +127,15 @@ def measure(
     return tuned
 
 
-def space(config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool) -> Space:
+def space(
+    config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool, largest_decode_graph: int
+) -> Space:
     """Return what may be tried: several numbers of CTAs only where the op occupies them."""
     ctas, fuse_ctas = {config.ctas}, {config.fuse_ctas}
     if key.transport != "reference":
         ctas |= {4, 8, 16, *([0] if has_copy_engines else [])}
         fuse_ctas |= {8, 16, 32}
-    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)))
+    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)), largest_decode_graph)
 
 
 def _read_given(path: Path, group: Group) -> Table:
