@@ -138,12 +138,11 @@ def emulate(num_ranks: int = 2) -> None:
     def no_reasons(*arguments: Any) -> tuple[str, ...]:
         return ()
 
-    def create(
-        name: str, device: Any, group: Any, *rows: Any, has_copy_engines: bool
-    ) -> tuple[Transport, SymmetricBuffer]:
+    def create(*arguments: Any, **options: Any) -> tuple[Transport, SymmetricBuffer]:
         transport = EmulatedTransport(num_ranks)
+        _, _, _, *rows = arguments  # name, device, group
         return transport, transport.allocate(*rows)
 
     refusals.find = find_other_reasons  # type: ignore[assignment] # the same, for any arguments
     transports.reasons = no_reasons  # type: ignore[assignment] # likewise
-    transports.create = create  # type: ignore[assignment] # likewise
+    transports.create = create

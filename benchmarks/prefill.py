@@ -26,7 +26,7 @@ from launch import demo
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = (512, 1024, 1536, 2048, 2500, 3072, 4096, 6144, 8192, 16384, 32768)
 _GRAPH_TOKENS = (512, 1024, 1536, 2048, 2560, 3072, 4096, 6144, 8192)
-_WEAVE = ("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-min-tokens", "512")
+_PEER = ("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer")
 _RAISED = ("SGLANG_CUSTOM_ALL_REDUCE_V2_MAX_SIZE_KB", "131072")
 _CONTEXT = 40000
 
@@ -46,28 +46,19 @@ class Variant:
 
 
 def _ours(*flags: str) -> Variant:
-    return Variant((*_WEAVE, "--tokenweave-transport", "peer", *flags))
+    return Variant((*_PEER, "--tokenweave-min-tokens", "512", *flags))
 
 
 VARIANTS = {
     "stock/default": Variant(),
     "stock/raised": Variant(variables=(_RAISED,)),
     "fuse": Variant(
-        (
-            *("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer"),
-            *("--tokenweave-fuse-min-tokens", "1", "--tokenweave-min-tokens", "1000000"),
-        )
+        (*_PEER, "--tokenweave-fuse-min-tokens", "1", "--tokenweave-min-tokens", "1000000")
     ),
     "weave/kernel/4": _ours("--tokenweave-ctas", "4"),
     "weave/kernel/8": _ours("--tokenweave-ctas", "8"),
     "weave/copy": _ours("--tokenweave-ctas", "0"),
-    "auto": Variant(
-        (
-            *("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer"),
-            *("--tokenweave-tune", "force"),
-        ),
-        tunes=True,
-    ),
+    "auto": Variant((*_PEER, "--tokenweave-tune", "force"), tunes=True),
     "weave/eager": _ours("--cuda-graph-backend-prefill", "disabled"),
     "no_comm": Variant(no_communication=True),
 }
@@ -245,11 +236,9 @@ def _served(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Ser
             print(f"{name} serves", flush=True)
             return Served(port, output, options.tp)
 
-        names = sorted(options.variants, key=lambda name: not VARIANTS[name].tunes)
-        tuning = [name for name in names if VARIANTS[name].tunes]
-        servers = {name: start(name) for name in tuning}
-        others = names[len(tuning) :]
-        with ThreadPoolExecutor(1 if options.cpu else len(names)) as pool:
+        servers = {name: start(name) for name in options.variants if VARIANTS[name].tunes}
+        others = [name for name in options.variants if name not in servers]
+        with ThreadPoolExecutor(1 if options.cpu else len(options.variants)) as pool:
             servers |= zip(others, pool.map(start, others), strict=True)
         yield servers
 

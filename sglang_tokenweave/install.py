@@ -141,11 +141,12 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
     runtime = state.runtime
     if runtime is None or not state.is_active or model_runner.is_draft_worker:
         return
-    is_measured = state.config.tune != "off" and state.tuned is None
-    if is_measured:
+    had_table = state.tuned is not None
+    if state.config.tune != "off" and not had_table:
         _measure(model_runner, runtime)
     if model_runner.device != "cpu":
-        _capture(model_runner, runtime, has_new_table=is_measured)
+        has_new_table = state.tuned is not None and not had_table
+        _capture(model_runner, runtime, has_new_table=has_new_table)
     if state.tuned is not None and state.pp_size == 1:
         ranks = runtime.model.place.group.ranks
         state.live = Live(runtime, _own_group(ranks), torch.device(model_runner.device))

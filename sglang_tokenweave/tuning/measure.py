@@ -108,8 +108,7 @@ class Meter:
     def _use_stock_graph(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let SGLang replay a graph that has the candidate inside, if it has one of this size."""
         graphs = self._stock.get(mode)
-        size = graphs.size_for(tokens) if graphs else None
-        if graphs is None or size is None:
+        if graphs is None or (size := graphs.size_for(tokens)) is None:
             return
         if candidate not in self._unsplit:
             graphs.put_back(self._as_loaded[mode])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.table import (
@@ -91,8 +91,8 @@ def search(
         share_s = (budget_s - spent_s()) * shares[0] / sum(shares)
         fitting = int(share_s / (costs.prepare_s + _MEAN_ROUNDS * costs.run_s(tokens)))
         rivals = _prune(space.candidates(mode, tokens), ranking, max(2, fitting))
-        halving = _Halving(mode, tokens, measure, spent_s, spent_s() + share_s)
-        halving.run(rivals, costs)
+        halving = _Halving(mode, tokens, measure, spent_s, spent_s() + share_s, costs)
+        halving.run(rivals)
         if halving.times:
             costs, ranking = halving.costs, halving.ranking()
         if len(halving.times.get(OFF, ())) >= LEAST_ROUNDS:
@@ -155,25 +155,25 @@ class _Halving:
         measure: Measure,
         spent_s: Callable[[], float],
         deadline_s: float,
+        expected: _Costs,
     ) -> None:
         self.times: dict[Candidate, list[float]] = {}
-        self.costs = _Costs(0, 0)
+        self.costs = expected
         self._mode, self._tokens = mode, tokens
         self._measure, self._spent_s, self._deadline_s = measure, spent_s, deadline_s
 
-    def run(self, rivals: list[Candidate], expected: _Costs) -> None:
+    def run(self, rivals: list[Candidate]) -> None:
         """Run rounds of fewer and fewer rivals, OFF first, until two or the time are left."""
         before_s = self._spent_s()
-        if self._deadline_s - before_s <= expected.prepare_s * len(rivals):
+        if self._deadline_s - before_s <= self.costs.prepare_s * len(rivals):
             return
         self._measure(rivals, self._mode, self._tokens, 0)
         # The probe has prepared some of the first size's, and graphs of more tokens take no less.
-        prepare_s = max(expected.prepare_s, (self._spent_s() - before_s) / len(rivals))
-        run_s = expected.run_s(self._tokens)
+        prepare_s = max(self.costs.prepare_s, (self._spent_s() - before_s) / len(rivals))
+        self.costs = replace(self.costs, prepare_s=prepare_s)
         rounds = 1  # tells what a run takes
-        while rounds and self._run_rounds(rivals, rounds, run_s):
-            run_s, done = self._run_s, len(self.times[OFF])
-            self.costs = _Costs.of(prepare_s, run_s, self._tokens)
+        while rounds and self._run_rounds(rivals, rounds):
+            done = len(self.times[OFF])
             if done < FIRST_ROUNDS:
                 rounds = FIRST_ROUNDS - done
                 continue
@@ -181,14 +181,16 @@ class _Halving:
                 rivals = self._better_half(rivals)
             rounds = FINAL_ROUNDS - done if len(rivals) <= 3 else done
 
-    def _run_rounds(self, rivals: list[Candidate], rounds: int, run_s: float) -> bool:
+    def _run_rounds(self, rivals: list[Candidate], rounds: int) -> bool:
         """Run as many of the rounds as there is time for; return whether there was for any."""
         before_s = self._spent_s()
-        fitting = int((self._deadline_s - before_s) / (len(rivals) * run_s))
+        all_s = len(rivals) * self.costs.run_s(self._tokens)
+        fitting = int((self._deadline_s - before_s) / all_s)
         rounds = max(0, min(rounds, fitting))
         if rounds:
             found = self._measure(rivals, self._mode, self._tokens, rounds)
-            self._run_s = (self._spent_s() - before_s) / (rounds * len(rivals))
+            run_s = (self._spent_s() - before_s) / (rounds * len(rivals))
+            self.costs = _Costs.of(self.costs.prepare_s, run_s, self._tokens)
             for rival, measured in zip(rivals, found, strict=True):
                 self.times.setdefault(rival, []).extend(measured)
         return rounds > 0
