@@ -68,11 +68,12 @@ def test_the_choice_is_within_two_percent_of_the_best(spread):
             }
             worst.append(costs[each.chosen] / min(costs.values()))
             assert costs[each.chosen] <= costs[OFF]
+            assert each.chosen == OFF or worst[-1] < 1.02
     # OFF may stay where a gain of hardly more than 2 % was measured as hardly less than the noise,
     # in which an exhaustive search would not see it, either; or, once in a thousand, where four of
     # fifteen runs of the better one were disturbed.
     assert sum(loss > 1.02 for loss in worst) <= len(worst) / 300
-    assert max(worst) < 1.02 * (1 + spread)
+    assert max(worst) < 1.04
 
 
 def test_it_takes_half_the_runs_of_an_exhaustive_search():
