@@ -273,7 +273,7 @@ def _common_flags(options: argparse.Namespace) -> tuple[str, ...]:
     return (
         *flags,
         *("--attention-backend", "fa3", "--max-total-tokens", str(_CONTEXT)),
-        *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "8192"),
+        *("--mem-fraction-static", "0.85", "--chunked-prefill-size", "8192"),
         *("--cuda-graph-bs-prefill", *map(str, _GRAPH_TOKENS), "--cuda-graph-bs-decode", "1"),
     )
 
