@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from launch import demo, ports
 from launch.processes import ProcessGroup
@@ -15,6 +16,7 @@ from sglang_tokenweave import cpu
 HOST = ports.HOST
 _STEP_S = 0.5
 _LOG_LINES = 30
+_CHOOSING, _CHOSEN = Lock(), set[int]()  # first ports: servers that start together bind them late
 
 
 class ServerError(Exception):
@@ -105,7 +107,9 @@ def _tail(log: Path) -> str:
 
 
 def _free_port() -> int:
-    base = ports.free_block()
-    if base is None:
-        raise ServerError("no 16 free ports in a row between 20000 and 32000")
+    with _CHOOSING:
+        base = ports.free_block(_CHOSEN)
+        if base is None:
+            raise ServerError("no 16 free ports in a row between 20000 and 32000")
+        _CHOSEN.add(base)
     return base
