@@ -46,6 +46,7 @@ def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenG
             [seams.captured_attention_backend(model_runner) for _ in range(2)],
             attention.o_proj.input_size_per_partition,
             partial(seams.forward_batch, model_runner, is_decode=False),
+            partial(seams.bind_slots, model_runner),
         )
         with seams.forward_context(model_runner):
             graphs.capture((size, runtime.plan_to_capture(size)) for size in sizes)

@@ -18,7 +18,7 @@ import torch
 from sglang_tokenweave import seams
 from sglang_tokenweave.gemm_sms import for_gemms
 from sglang_tokenweave.plan import GraphShape, Kind, Plan
-from sglang_tokenweave.split import pad_requests
+from sglang_tokenweave.split import Requests
 from sglang_tokenweave.transport import SymmetricBuffer, Transport
 from sglang_tokenweave.weave import Half
 
@@ -46,6 +46,7 @@ class WovenGraphs:
         backends: Sequence[Any],
         attention_columns: int,
         make_batch: Callable[..., Any],
+        bind_batch: Callable[[Any], None],
     ) -> None:
         """Allocate what batches are brought to.
 
@@ -54,15 +55,20 @@ class WovenGraphs:
             backends: SGLang's attention backends, one for each half, of these graphs alone.
             attention_columns: of attention's output on this rank.
             make_batch: returns SGLang's ForwardBatch of prompts with the fields that it is given.
+            bind_batch: tells SGLang that the requests of such a batch are others now.
         """
         self._run = run
         self._transport = transport
         self._buffer = buffer
         self._backends = backends
         self._make_batch = make_batch
+        self._bind_batch = bind_batch
         rows, like = buffer.capacity, buffer.tensor
         self._positions = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self._cache_slots = torch.zeros_like(self._positions)
+        # Of each half: new tokens of a request, tokens before them, and both; its row in the pool.
+        self._requests = self._positions.new_zeros(2, 3, REQUEST_SLOTS)
+        self._pool_rows = self._positions.new_zeros(2, REQUEST_SLOTS)
         # Attention leaves rows of padding unwritten: whatever is there must be finite.
         self._attention = like.new_zeros(rows, attention_columns)
         self._graphs: dict[int, _WovenGraph] = {}
@@ -110,77 +116,108 @@ class WovenGraphs:
         return for_gemms(device.multi_processor_count - plan.ctas)
 
     def _halves(self, num_tokens: int, cut: int) -> tuple[Half, Half]:
-        bounds = ((0, cut), (cut, num_tokens))
+        one = slice(0, 1)
+        requests = (Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,)))
+        self._fill_requests(requests)
         first, second = (
-            self._half(start, stop, backend)
-            for (start, stop), backend in zip(bounds, self._backends, strict=True)
+            self._half(index, start, stop)
+            for index, (start, stop) in enumerate(((0, cut), (cut, num_tokens)))
         )
+        for half, own, backend in zip((first, second), requests, self._backends, strict=True):
+            _tell_requests(half.batch, own)
+            self._bind_batch(half.batch)
+            backend.init_forward_metadata_out_graph(half.batch, in_capture=True)
         return first, second
 
-    def _half(self, start: int, stop: int, backend: Any) -> Half:
+    def _half(self, index: int, start: int, stop: int) -> Half:
         slot = self._buffer.slot(start, stop)
         owned = slot.owned_rows(self._transport.rank, self._transport.world_size)
         positions = self._positions[start:stop]
+        lengths, prefixes, ends = self._requests[index]
         batch = self._make_batch(
-            **_one_request(start, stop, positions.device),
+            num_tokens=stop - start,
+            batch_size=REQUEST_SLOTS,
+            input_ids=torch.zeros_like(positions),
+            req_pool_indices=self._pool_rows[index],
+            seq_lens=ends,
+            seq_lens_sum=stop,
+            extend_num_tokens=stop - start,
+            extend_seq_lens=lengths,
+            extend_prefix_lens=prefixes,
             positions=positions,
             out_cache_loc=self._cache_slots[start:stop],
             # One half's is read before the other's is written.
             _attn_output=self._attention[: stop - start],
         )
-        backend.init_forward_metadata_out_graph(batch, in_capture=True)
         return Half(
             slot=slot,
             residual=torch.zeros_like(slot.tensor[owned]),
             positions=positions,
             batch=batch,
-            context=partial(seams.attention_context, backend, batch),
+            context=partial(seams.attention_context, self._backends[index], batch),
         )
 
-    def replay(self, plan: Plan, parts: Sequence[Any], residual: torch.Tensor) -> None:
+    def replay(
+        self,
+        plan: Plan,
+        batch: Any,
+        requests: tuple[Requests, Requests],
+        residual: torch.Tensor,
+    ) -> None:
         """Take a batch through the layers; its normalised rows are in the buffer, and then again.
+
+        The GPU idles until the graph is launched, so few operations may come before.
 
         Args:
             plan: a woven one with a graph.
-            parts: SGLang's ForwardBatch of each half.
+            batch: SGLang's ForwardBatch, whole.
+            requests: those of each half.
             residual: `[num_tokens, hidden_size]`.
         """
         assert plan.kind is Kind.WEAVE
         woven = self._graphs[plan.graph_tokens]
-        start = 0
-        for half, part, backend in zip(woven.halves, parts, self._backends, strict=True):
-            num_tokens = part.positions.shape[0]
+        _fill(self._positions[: plan.graph_tokens], batch.positions)
+        # Padding goes to SGLang's slot 0.
+        _fill(self._cache_slots[: plan.graph_tokens], batch.out_cache_loc)
+        self._fill_requests(requests)
+        num_tokens = residual.shape[0]
+        bounds = ((0, plan.cut), (plan.cut, num_tokens))
+        for index, (half, own, (start, stop)) in enumerate(
+            zip(woven.halves, requests, bounds, strict=True)
+        ):
             owned = half.slot.owned_rows(self._transport.rank, self._transport.world_size)
-            _fill(half.positions, part.positions)
-            _fill(half.batch.out_cache_loc, part.out_cache_loc)  # padding goes to SGLang's slot 0
-            _fill(half.residual, residual[start : start + num_tokens][owned])
-            half.slot.tensor[num_tokens:].zero_()
-            backend.init_forward_metadata_out_graph(pad_requests(part, REQUEST_SLOTS))
-            start += num_tokens
+            _fill(half.residual, residual[start:stop][owned])
+            indices = batch.req_pool_indices[own.rows]
+            self._pool_rows[index, : indices.shape[0]].copy_(indices)
+            _tell_requests(half.batch, own)
+            self._bind_batch(half.batch)
+            self._backends[index].init_forward_metadata_out_graph(half.batch)
+        if num_tokens < plan.graph_tokens:
+            self._buffer.slot(num_tokens, plan.graph_tokens).tensor.zero_()
         woven.graph.replay()
+
+    def _fill_requests(self, requests: tuple[Requests, Requests]) -> None:
+        """Bring the lengths of both halves' requests to the device, in one copy."""
+        rows = [
+            [(*values, *(REQUEST_SLOTS - len(values)) * (0,)) for values in each]
+            for each in ((own.lengths, own.prefixes, own.ends) for own in requests)
+        ]
+        pinned = torch.tensor(rows, pin_memory=self._requests.is_cuda)
+        self._requests.copy_(pinned, non_blocking=True)
+
+
+def _tell_requests(batch: Any, requests: Requests) -> None:
+    """Set what a half's batch says of its requests on the CPU: slots without one have no tokens."""
+    lengths, prefixes, ends = (
+        [*values, *(REQUEST_SLOTS - len(values)) * [0]]
+        for values in (requests.lengths, requests.prefixes, requests.ends)
+    )
+    batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu = lengths, prefixes
+    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(ends), sum(ends)
 
 
 def _fill(static: torch.Tensor, rows: torch.Tensor) -> None:
-    static[: rows.shape[0]].copy_(rows)
-    static[rows.shape[0] :].zero_()
-
-
-def _one_request(start: int, stop: int, device: torch.device) -> dict[str, Any]:
-    """Return fields of a ForwardBatch: tokens of one request, and slots of requests without any."""
-    rest = (REQUEST_SLOTS - 1) * [0]
-    lengths, prefixes = [stop - start, *rest], [start, *rest]
-    ends = torch.tensor([stop, *rest])
-    return {
-        "num_tokens": stop - start,
-        "batch_size": REQUEST_SLOTS,
-        "input_ids": torch.zeros(stop - start, dtype=torch.int64, device=device),
-        "req_pool_indices": torch.zeros(REQUEST_SLOTS, dtype=torch.int64, device=device),
-        "seq_lens": ends.to(device),
-        "seq_lens_cpu": ends,
-        "seq_lens_sum": stop,
-        "extend_num_tokens": stop - start,
-        "extend_seq_lens": torch.tensor(lengths, device=device),
-        "extend_seq_lens_cpu": lengths,
-        "extend_prefix_lens": torch.tensor(prefixes, device=device),
-        "extend_prefix_lens_cpu": prefixes,
-    }
+    num_rows = rows.shape[0]
+    static[:num_rows].copy_(rows)
+    if num_rows < static.shape[0]:  # a launch for nothing otherwise
+        static[num_rows:].zero_()

@@ -5,7 +5,7 @@ others.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -173,21 +173,32 @@ class PlanTable:
 
 
 def plan_batch(
-    batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, *, align: int = 1
+    batch: BatchShape,
+    table: PlanTable,
+    layer: LayerShape,
+    num_sms: int,
+    *,
+    align: int = 1,
+    graphs: Sequence[GraphShape] = (),
 ) -> Plan:
     """Plan one batch: the table says what, the waves of the layer say where to cut.
+
+    A woven prefill is run by the smallest CUDA graph that holds it, at that one's cut. Where there
+    are graphs, launches one by one are too slow for sizes up to theirs: a batch that no graph holds
+    is left to stock, whose own graphs hold it. Larger ones launch one by one, as stock does.
 
     Args:
         batch: the batch.
         table: what is best at each size.
         layer: the GEMMs of one layer on one rank.
         num_sms: SMs of the GPU; those of the communication are taken off here.
-        align: the cut is a multiple of it.
+        align: the cut is a multiple of it, where no graph settles it.
+        graphs: what was captured, in order of size; empty: nothing was.
 
     Raises:
         ValueError: the row's CTAs leave no SMs to the GEMMs.
     """
-    return _plan(batch, table, layer, num_sms, align)
+    return _plan(batch, table, layer, num_sms, align, tuple(graphs))
 
 
 def plan_unsplit(mode: Mode, num_tokens: int, table: PlanTable) -> Plan:
@@ -196,30 +207,6 @@ def plan_unsplit(mode: Mode, num_tokens: int, table: PlanTable) -> Plan:
     if row is not None and row.kind is Kind.FUSE:
         return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas)
     return Plan(Kind.OFF, reason=_why_off(row, mode))
-
-
-def choose_graph(batch: BatchShape, plan: Plan, graphs: Sequence[GraphShape]) -> Plan:
-    """Let a CUDA graph run a woven prefill: the smallest one that holds it, at that one's cut.
-
-    Where there are graphs, launches one by one are too slow for sizes up to theirs: a batch that no
-    graph holds is left to stock, whose own graphs hold it. Larger ones launch one by one, as stock
-    does.
-
-    Args:
-        batch: the batch.
-        plan: what `plan_batch` says of it.
-        graphs: what was captured, in order of size; empty: nothing was.
-    """
-    if plan.kind is not Kind.WEAVE or batch.mode is Mode.DECODE or not graphs:
-        return plan
-    if batch.num_tokens > graphs[-1].num_tokens:
-        return plan
-    graph = next(graph for graph in graphs if batch.num_tokens <= graph.num_tokens)
-    if batch.num_tokens <= graph.cut:
-        return Plan(Kind.OFF, reason="too few tokens for the second half of a woven graph")
-    if len(batch.lengths) > graph.num_requests:
-        return Plan(Kind.OFF, reason="more requests than a woven graph holds")
-    return replace(plan, cut=graph.cut, graph_tokens=graph.num_tokens)
 
 
 def where_cut(batch: BatchShape, cut: int) -> Literal["inside", "between"]:
@@ -235,11 +222,20 @@ def where_cut(batch: BatchShape, cut: int) -> Literal["inside", "between"]:
 
 # Asked for several times in a step; most batches never come again, and repeated ones are decodes.
 @lru_cache(maxsize=128)
-def _plan(batch: BatchShape, table: PlanTable, layer: LayerShape, num_sms: int, align: int) -> Plan:
+def _plan(
+    batch: BatchShape,
+    table: PlanTable,
+    layer: LayerShape,
+    num_sms: int,
+    align: int,
+    graphs: tuple[GraphShape, ...],
+) -> Plan:
     _check_count("align", align, least=1)
     row = table.lookup(batch.mode, batch.num_tokens)
     reason = ""
     if row is not None and row.kind is Kind.WEAVE:
+        if graphs and batch.mode is not Mode.DECODE and batch.num_tokens <= graphs[-1].num_tokens:
+            return _weave_in_graph(batch, row, layer, num_sms, graphs)
         if batch.num_tokens > align:  # then a multiple of it lies inside; align=1: two tokens
             return _weave(batch, row, layer, num_sms, align)
         reason = f"too few tokens to cut at a multiple of {align}"
@@ -254,15 +250,47 @@ def _why_off(row: PlanRow | None, mode: Mode) -> str:
 
 
 def _weave(batch: BatchShape, row: PlanRow, layer: LayerShape, num_sms: int, align: int) -> Plan:
+    sms = _sms_of_gemms(row, num_sms)
+    cut = cut_beside(batch.lengths, layer, sms, row.cut_offset, align)
+    return _unless_too_many_waves(
+        Plan(Kind.WEAVE, cut, row.ctas, row.fuse_ctas), row, layer, batch.num_tokens, sms
+    )
+
+
+def _weave_in_graph(
+    batch: BatchShape,
+    row: PlanRow,
+    layer: LayerShape,
+    num_sms: int,
+    graphs: tuple[GraphShape, ...],
+) -> Plan:
+    """Weave as captured: to look for a cut of its own would take up to a millisecond."""
+    graph = next(graph for graph in graphs if batch.num_tokens <= graph.num_tokens)
+    if batch.num_tokens <= graph.cut:
+        return Plan(Kind.OFF, reason="too few tokens for the second half of a woven graph")
+    if len(batch.lengths) > graph.num_requests:
+        return Plan(Kind.OFF, reason="more requests than a woven graph holds")
+    plan = Plan(Kind.WEAVE, graph.cut, row.ctas, row.fuse_ctas, graph_tokens=graph.num_tokens)
+    sms = _sms_of_gemms(row, num_sms)
+    return _unless_too_many_waves(plan, row, layer, graph.num_tokens, sms)
+
+
+def _sms_of_gemms(row: PlanRow, num_sms: int) -> int:
     sms = num_sms - row.ctas
     if sms < 2:
         raise ValueError(f"num_sms: got {num_sms}; {row.ctas} CTAs leave too few of them to GEMMs")
-    cut = cut_beside(batch.lengths, layer, sms, row.cut_offset, align)
-    if row.max_extra_permille is not None:
-        extra = extra_permille(layer, batch.num_tokens, cut, sms)
-        if extra > row.max_extra_permille:
-            return Plan(Kind.OFF, reason=f"the halves take {extra / 10:g} % more waves")
-    return Plan(Kind.WEAVE, cut, row.ctas, row.fuse_ctas)
+    return sms
+
+
+def _unless_too_many_waves(
+    plan: Plan, row: PlanRow, layer: LayerShape, num_tokens: int, sms: int
+) -> Plan:
+    if row.max_extra_permille is None:
+        return plan
+    extra = extra_permille(layer, num_tokens, plan.cut, sms)
+    if extra <= row.max_extra_permille:
+        return plan
+    return Plan(Kind.OFF, reason=f"the halves take {extra / 10:g} % more waves")
 
 
 def _order(row: PlanRow) -> tuple[str, int]:

@@ -20,12 +20,17 @@ from sglang_tokenweave.plan import (
     Mode,
     Plan,
     PlanTable,
-    choose_graph,
     plan_batch,
     plan_unsplit,
     where_cut,
 )
-from sglang_tokenweave.split import UnsplittableError, check_fields, cut_batch, lengths_of
+from sglang_tokenweave.split import (
+    UnsplittableError,
+    check_fields,
+    cut_batch,
+    cut_requests,
+    lengths_of,
+)
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 from sglang_tokenweave.waves import LayerShape
@@ -74,6 +79,7 @@ class Runtime:
         self.graphs: WovenGraphs | None = None
         self.kinds_in_graphs: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own, by tokens
         self._backends: tuple[Any, ...] = ()
+        self._owes_metadata = False  # attention's of the batch under way, should it run stock
 
     def activate(self, backends: tuple[Any, Any]) -> None:
         """Start weaving with an attention backend for each half."""
@@ -101,9 +107,8 @@ class Runtime:
         if not lengths or min(lengths) < 1:
             return None
         shape = BatchShape(mode, lengths)
-        plan = plan_batch(shape, self.table, self.model.layer, self.model.num_sms)
-        if self.graphs is not None:
-            plan = choose_graph(shape, plan, self.graphs.shapes)
+        graphs = () if self.graphs is None else self.graphs.shapes
+        plan = plan_batch(shape, self.table, self.model.layer, self.model.num_sms, graphs=graphs)
         if plan.kind is not Kind.OFF and shape.num_tokens > self.buffer.capacity:
             raise UnsplittableError("batch exceeds the symmetric buffer")
         return shape, plan
@@ -123,7 +128,11 @@ class Runtime:
             PPProxyTensors where another pipeline stage follows.
         """
 
+        owes_metadata, self._owes_metadata = self._owes_metadata, False
+
         def stock() -> Any:
+            if owes_metadata:
+                seams.plan_attention(forward_batch)
             return self.model.original(
                 input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
             )
@@ -133,7 +142,9 @@ class Runtime:
             if plan.kind is Kind.OFF or input_embeds is not None:
                 return stock()
             inputs = self._first_inputs(input_ids, pp_proxy_tensors)
-            return self._finish(forward_batch, self._run(*inputs, (forward_batch,), plan))
+            return self._finish(
+                forward_batch, self._run(forward_batch, *inputs, (forward_batch,), plan)
+            )
         decided = self._decide(forward_batch, input_embeds)
         if self._checked is not None:
             # A rank that went its own way would wait for the others, and they for it.
@@ -148,7 +159,7 @@ class Runtime:
             self._fall_back(str(error))
             return stock()
         self._count(shape, plan)
-        return self._finish(forward_batch, self._run(*inputs, parts, plan))
+        return self._finish(forward_batch, self._run(forward_batch, *inputs, parts, plan))
 
     def _finish(self, batch: Any, halves: tuple[Half, ...]) -> Any:
         if not self.model.place.is_last:
@@ -169,7 +180,11 @@ class Runtime:
         return plan
 
     def exceeds_stock_graph(self, batch: Any) -> bool:
-        """Whether SGLang's own graph of a batch's size does less than is planned."""
+        """Whether SGLang's own graph of a batch's size does less than is planned.
+
+        The last question before the batch comes to `forward`, in this process.
+        """
+        self._owes_metadata = False
         try:
             planned = self.plan(batch)
         except UnsplittableError:
@@ -177,6 +192,11 @@ class Runtime:
         if planned is None or planned[1].kind is Kind.OFF:
             return False
         shape, plan = planned
+        if plan.graph_tokens:
+            # SGLang would prepare attention for the whole batch meanwhile, and the GPU would wait.
+            batch.mark_forward_metadata_ready()
+            self._owes_metadata = True
+            return True
         return plan.kind is not self.kind_in_graph(shape.mode, shape.num_tokens)
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
@@ -187,7 +207,10 @@ class Runtime:
     def _decide(
         self, batch: Any, input_embeds: torch.Tensor | None
     ) -> tuple[BatchShape, Plan, tuple[Any, ...]] | None:
-        """Return what to do with a batch and its parts; None: run it stock."""
+        """Return what to do with a batch and its parts; None: run it stock.
+
+        The parts are ForwardBatches; for a graph, the Requests of each half.
+        """
         try:
             planned = self.plan(batch)
             if planned is None or planned[1].kind is Kind.OFF:
@@ -200,6 +223,8 @@ class Runtime:
     def _split(self, batch: Any, plan: Plan, input_embeds: torch.Tensor | None) -> tuple[Any, ...]:
         if input_embeds is not None:
             raise UnsplittableError("input embeddings")
+        if plan.graph_tokens:
+            return cut_requests(batch, plan.cut)
         if plan.kind is Kind.WEAVE:
             return cut_batch(batch, plan.cut)
         check_fields(batch)
@@ -227,6 +252,7 @@ class Runtime:
 
     def _run(
         self,
+        batch: Any,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
         parts: tuple[Any, ...],
@@ -239,7 +265,8 @@ class Runtime:
         self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
         if plan.graph_tokens:
             assert self.graphs is not None
-            self.graphs.replay(plan, parts, residual)
+            first, second = parts
+            self.graphs.replay(plan, batch, (first, second), residual)
             return ()
         halves = self._halves(residual, parts)
         self.weave(halves, plan)

@@ -129,11 +129,21 @@ def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **valu
         capture_hidden_mode=_resolve(module + "CaptureHiddenMode").NULL,
         **values,
     )
-    # From 0.5.23 the KV slots of a batch are bound before it runs.
+    bind_slots(model_runner, batch)
+    return batch
+
+
+def bind_slots(model_runner: Any, batch: Any) -> None:
+    """Bind the KV slots of a batch of our own before it runs, as SGLang asks for from 0.5.23 on."""
     bind = getattr(getattr(model_runner, "kv_index_translator", None), "bind_runner_slots", None)
     if bind is not None:
         bind(batch)
-    return batch
+
+
+def plan_attention(batch: Any) -> None:
+    """Let the attention backend of the forward pass under way prepare for a batch."""
+    module, _ = _forward_context()
+    module.get_attn_backend().init_forward_metadata(batch)
 
 
 def forward_context(model_runner: Any) -> Any:

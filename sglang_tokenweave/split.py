@@ -6,6 +6,7 @@ anything but its default stops the split: better an unwoven batch than a half-un
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,17 +28,6 @@ REQUEST_FIELDS = frozenset(
         "extend_logprob_start_lens_cpu",
         "lora_ids",
         "rids",
-    }
-)
-# Of those, what attention metadata is made of.
-METADATA_FIELDS = frozenset(
-    {
-        "req_pool_indices",
-        "req_pool_indices_cpu",
-        "seq_lens",
-        "seq_lens_cpu",
-        "extend_seq_lens",
-        "extend_prefix_lens",
     }
 )
 # Set anew for each half, in `_computed`.
@@ -119,6 +109,20 @@ class Span:
     dropped: int  # tokens of the last request that lie after it
 
 
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """The requests of one half as attention sees them; all of it is known on the CPU."""
+
+    rows: slice  # of the batch's requests
+    lengths: tuple[int, ...]  # new tokens of each
+    prefixes: tuple[int, ...]  # tokens of each before those
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Return how many tokens of each request the half may look back on, its own included."""
+        return tuple(map(sum, zip(self.lengths, self.prefixes, strict=True)))
+
+
 def spans(lengths: tuple[int, ...], cut: int) -> tuple[Span, Span]:
     """Return the two parts of a batch of `lengths` (new tokens per request) cut after `cut` tokens.
 
@@ -159,14 +163,44 @@ def cut_batch(batch: Any, cut: int) -> tuple[Any, Any]:
     Raises:
         UnsplittableError: naming the field that is not understood.
     """
+    lengths = _splittable_lengths(batch)
+    first, second = spans(lengths, cut)
+    return _part(batch, first), _part(batch, second)
+
+
+def cut_requests(batch: Any, cut: int) -> tuple[Requests, Requests]:
+    """Return the requests of the first `cut` tokens of a prefill batch and those of the rest.
+
+    Nothing is computed on the device, where each operation would be a launch.
+
+    Raises:
+        UnsplittableError: as of `cut_batch`.
+    """
+    lengths = _splittable_lengths(batch)
+    if batch.extend_prefix_lens_cpu is None:
+        raise UnsplittableError("prefix lengths are on the device only")
+    first, second = (
+        _requests(span, lengths, batch.extend_prefix_lens_cpu) for span in spans(lengths, cut)
+    )
+    return first, second
+
+
+def _requests(span: Span, lengths: tuple[int, ...], prefixes: Sequence[int]) -> Requests:
+    own, before = list(lengths[span.requests]), [int(each) for each in prefixes[span.requests]]
+    own[-1] -= span.dropped
+    own[0] -= span.skipped
+    before[0] += span.skipped
+    return Requests(span.requests, tuple(own), tuple(before))
+
+
+def _splittable_lengths(batch: Any) -> tuple[int, ...]:
     check_fields(batch)
     lengths = lengths_of(batch)
     if sum(lengths) != batch.input_ids.shape[0] or len(lengths) != batch.batch_size:
         raise UnsplittableError("batch is padded")
     if batch.seq_lens_cpu is None:
         raise UnsplittableError("sequence lengths are on the device only")
-    first, second = spans(lengths, cut)
-    return _part(batch, first), _part(batch, second)
+    return lengths
 
 
 def check_fields(batch: Any) -> None:
@@ -178,20 +212,6 @@ def check_fields(batch: Any) -> None:
     for field in dataclasses.fields(batch):
         if field.name not in _KNOWN and not _is_default(getattr(batch, field.name), field):
             raise UnsplittableError(f"field {field.name}")
-
-
-def pad_requests(batch: Any, slots: int) -> Any:
-    """Return a prefill batch with requests of no tokens behind its own, `slots` in all.
-
-    Only what attention metadata is made of is padded.
-    """
-    padded = copy.copy(batch)
-    padded.batch_size = slots
-    for name in METADATA_FIELDS & {field.name for field in dataclasses.fields(batch)}:
-        value = getattr(batch, name)
-        if isinstance(value, torch.Tensor):
-            setattr(padded, name, torch.nn.functional.pad(value, (0, slots - value.shape[0])))
-    return padded
 
 
 def _is_default(value: Any, field: Any) -> bool:

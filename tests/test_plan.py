@@ -16,7 +16,6 @@ from sglang_tokenweave.plan import (
     Plan,
     PlanRow,
     PlanTable,
-    choose_graph,
     plan_batch,
     plan_unsplit,
     where_cut,
@@ -294,7 +293,7 @@ GRAPHS = (GraphShape(1024, 512, 4), GraphShape(2048, 1024, 4), GraphShape(4096, 
 
 def graph_plan(*lengths, graphs=GRAPHS, mode=Mode.PREFILL):
     batch = BatchShape(mode, lengths)
-    return choose_graph(batch, plan_batch(batch, WEAVE_ALL, LAYER, 132), graphs)
+    return plan_batch(batch, WEAVE_ALL, LAYER, 132, graphs=graphs)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +322,7 @@ def test_batches_larger_than_every_graph_and_decodes_go_without():
 @settings(deadline=None)
 def test_a_graph_changes_nothing_but_a_woven_plan(batch, table):
     plan = plan_batch(batch, table, LAYER, 132)
-    chosen = choose_graph(batch, plan, GRAPHS)
+    chosen = plan_batch(batch, table, LAYER, 132, graphs=GRAPHS)
     if plan.kind is not Kind.WEAVE or batch.num_tokens > 4096:
         assert chosen == plan
     elif chosen.kind is Kind.WEAVE:

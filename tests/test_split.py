@@ -1,85 +1,18 @@
 """Cutting a batch and putting it together again."""
 
-from dataclasses import dataclass, field
-from enum import Enum
 from itertools import accumulate
 
 import pytest
 import torch
+from batches import make_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tokenweave.split import UnsplittableError, cut_batch, pad_requests, spans
+from sglang_tokenweave.split import UnsplittableError, cut_batch, cut_requests, spans
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(
     lambda lengths: sum(lengths) >= 2
 )
-
-
-class Mode(Enum):
-    EXTEND = 1
-    DECODE = 2
-
-    def is_decode(self):
-        return self is Mode.DECODE
-
-
-@dataclass
-class Batch:
-    """The fields of SGLang's ForwardBatch that a split has to change, and two unknown ones."""
-
-    forward_mode: Mode
-    batch_size: int
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    out_cache_loc: torch.Tensor
-    req_pool_indices: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-    seq_lens_sum: int
-    extend_seq_lens: torch.Tensor | None = None
-    extend_seq_lens_cpu: list | None = None
-    extend_prefix_lens: torch.Tensor | None = None
-    extend_prefix_lens_cpu: list | None = None
-    extend_start_loc: torch.Tensor | None = None
-    extend_num_tokens: int | None = None
-    num_token_non_padded: torch.Tensor | None = None
-    forward_metadata_ready: bool = False
-    sampling_info: object = None
-    mm_inputs: list | None = None
-    rids: list = field(default_factory=list)
-    surprise: object = None
-    unknown_flag: bool = False
-
-
-def make_batch(lengths, prefixes, decode=False):
-    total = sum(lengths)
-    sequence = torch.tensor([p + n for p, n in zip(prefixes, lengths, strict=True)])
-    batch = Batch(
-        forward_mode=Mode.DECODE if decode else Mode.EXTEND,
-        batch_size=len(lengths),
-        input_ids=torch.arange(1000, 1000 + total),
-        positions=torch.cat(
-            [torch.arange(p, p + n) for p, n in zip(prefixes, lengths, strict=True)]
-        ),
-        out_cache_loc=torch.arange(5000, 5000 + total),
-        req_pool_indices=torch.arange(len(lengths)) + 7,
-        seq_lens=sequence,
-        seq_lens_cpu=sequence.clone(),
-        seq_lens_sum=int(sequence.sum()),
-        num_token_non_padded=torch.tensor(total, dtype=torch.int32),
-        forward_metadata_ready=True,
-        sampling_info=object(),
-        rids=[f"request-{index}" for index in range(len(lengths))],
-    )
-    if not decode:
-        batch.extend_seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        batch.extend_seq_lens_cpu = list(lengths)
-        batch.extend_prefix_lens = torch.tensor(prefixes, dtype=torch.int32)
-        batch.extend_prefix_lens_cpu = list(prefixes)
-        batch.extend_start_loc = batch.extend_seq_lens.cumsum(0) - batch.extend_seq_lens
-        batch.extend_num_tokens = total
-    return batch
 
 
 @given(lengths=lengths_strategy, data=st.data())
@@ -192,14 +125,19 @@ def test_entries_of_none_are_no_surprise():
 
 
 @given(lengths_strategy, st.data())
-def test_padding_adds_requests_of_no_tokens(lengths, data):
-    batch = make_batch(lengths, [3] * len(lengths))
+def test_requests_cut_on_the_cpu_are_those_of_the_halves(lengths, data):
+    prefixes = data.draw(st.lists(st.integers(0, 50), min_size=len(lengths), max_size=len(lengths)))
     cut = data.draw(st.integers(1, sum(lengths) - 1))
-    for part in cut_batch(batch, cut):
-        padded = pad_requests(part, 16)
-        assert padded.batch_size == 16
-        for name in ("seq_lens", "seq_lens_cpu", "extend_seq_lens", "extend_prefix_lens"):
-            value = getattr(padded, name)
-            assert value.tolist() == getattr(part, name).tolist() + [0] * (16 - part.batch_size)
-        assert padded.positions is part.positions
-        assert part.batch_size == len(part.seq_lens)  # the part itself is as it was
+    batch = make_batch(lengths, prefixes)
+    for own, part in zip(cut_requests(batch, cut), cut_batch(batch, cut), strict=True):
+        assert torch.equal(batch.req_pool_indices[own.rows], part.req_pool_indices)
+        assert list(own.lengths) == part.extend_seq_lens.tolist()
+        assert list(own.prefixes) == part.extend_prefix_lens.tolist()
+        assert list(own.ends) == part.seq_lens.tolist()
+
+
+def test_requests_whose_lengths_only_the_device_knows_are_not_cut():
+    batch = make_batch([4, 6], [0, 0])
+    batch.extend_prefix_lens_cpu = None
+    with pytest.raises(UnsplittableError, match="prefix lengths"):
+        cut_requests(batch, 5)

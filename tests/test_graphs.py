@@ -1,0 +1,108 @@
+"""What a batch becomes before the graph of its woven forward is launched, without a GPU."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_tokenweave import seams
+from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
+from sglang_tokenweave.plan import Kind, Plan
+from sglang_tokenweave.split import cut_batch, cut_requests
+from sglang_tokenweave.transport import SymmetricBuffer
+
+SIZE, CUT, HIDDEN, WORLD_SIZE = 48, 24, 4, 2
+PLAN = Plan(Kind.WEAVE, CUT, 0, 4, graph_tokens=SIZE)
+
+
+class Backend:
+    """An attention backend that keeps what it was told at the last replay."""
+
+    def init_forward_metadata_out_graph(self, batch, in_capture=False):
+        self.seen = None if in_capture else batch
+
+
+class Graphs(WovenGraphs):
+    """Launches nothing: there is no GPU."""
+
+    def _record(self, halves, plan, pool, stream):
+        return SimpleNamespace(replay=lambda: None)
+
+
+def make_graphs(rank, bound):
+    made = Graphs(
+        run=lambda halves, plan: None,
+        transport=SimpleNamespace(rank=rank, world_size=WORLD_SIZE),
+        buffer=SymmetricBuffer(torch.full((64, HIDDEN), 9.0)),
+        backends=[Backend(), Backend()],
+        attention_columns=8,
+        make_batch=lambda **fields: SimpleNamespace(**fields),
+        bind_batch=bound.append,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seams, "graph_pool", lambda: None)
+        patch.setattr(torch.cuda, "Stream", lambda device: None)
+        made.capture([(SIZE, PLAN)])
+    return made
+
+
+@st.composite
+def batches(draw):
+    """Return lengths and prefixes of a batch that the graph holds, the second half not empty."""
+    num_tokens = draw(st.integers(CUT + 1, SIZE))
+    ends = draw(st.sets(st.integers(1, num_tokens - 1), max_size=REQUEST_SLOTS - 1))
+    bounds = [0, *sorted(ends), num_tokens]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    return lengths, draw(st.lists(st.integers(0, 50), min_size=len(lengths), max_size=len(lengths)))
+
+
+def replay(graphs, lengths, prefixes):
+    """Return the batch and the residual that a replay was given."""
+    batch = make_batch(lengths, prefixes)
+    residual = torch.randn(sum(lengths), HIDDEN)
+    graphs.replay(PLAN, batch, cut_requests(batch, CUT), residual)
+    return batch, residual
+
+
+@settings(deadline=None)
+@given(before=batches(), now=batches(), rank=st.integers(0, WORLD_SIZE - 1))
+def test_the_halves_are_those_of_the_batch_and_nothing_is_left_of_the_one_before(before, now, rank):
+    bound = []
+    graphs = make_graphs(rank, bound)
+    replay(graphs, *before)
+    graphs._buffer.tensor.fill_(9.0)  # as the layers leave it
+    del bound[:]
+    batch, residual = replay(graphs, *now)
+    num_tokens = residual.shape[0]
+
+    halves = graphs._graphs[SIZE].halves
+    assert (
+        [backend.seen for backend in graphs._backends] == [half.batch for half in halves] == bound
+    )
+    for half, part, start in zip(halves, cut_batch(batch, CUT), (0, CUT), strict=True):
+        rows = slice(start, min(start + half.slot.num_tokens, num_tokens))
+        owned = half.slot.owned_rows(rank, WORLD_SIZE)
+        is_padded(half.residual, residual[rows][owned])
+        is_padded(half.positions, part.positions)
+        is_padded(half.batch.out_cache_loc, part.out_cache_loc)
+        assert half.batch.positions is half.positions
+        for name in ("seq_lens", "extend_seq_lens", "extend_prefix_lens"):
+            is_padded(getattr(half.batch, name), getattr(part, name))
+            of_cpu = getattr(half.batch, f"{name}_cpu")
+            is_padded(torch.as_tensor(of_cpu), torch.as_tensor(getattr(part, f"{name}_cpu")))
+        taken = half.batch.req_pool_indices[: part.batch_size]
+        assert torch.equal(taken, part.req_pool_indices)
+        assert half.batch.seq_lens_sum == part.seq_lens_sum
+        assert half.batch.batch_size == REQUEST_SLOTS
+    assert torch.equal(graphs._buffer.tensor[:num_tokens], torch.full((num_tokens, HIDDEN), 9.0))
+    assert not graphs._buffer.tensor[num_tokens:SIZE].any()
+
+
+def is_padded(static, rows):
+    """Assert that `static` holds `rows` and zeros behind them."""
+    assert torch.equal(static[: rows.shape[0]], rows.to(static.dtype))
+    assert not static[rows.shape[0] :].any()
