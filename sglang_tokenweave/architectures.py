@@ -41,9 +41,16 @@ ARCHITECTURES = {
 
 
 def build_stages(architecture: Architecture, inner: Any) -> tuple[Stage, ...]:
-    """Return the stages of `inner` (SGLang's `XModel`) and redirect its projections."""
+    """Return the stages of `inner` (SGLang's `XModel`) and redirect its projections.
+
+    The embedding is one of them where the pipeline begins: its sum over the ranks is hidden, too.
+    """
     layers = list(inner.layers[inner.start_layer : inner.end_layer])
     stages = []
+    if inner.pp_group.is_first_rank:
+        first = getattr(layers[0], architecture.input_norm)
+        embedding = partials.embedding(inner.embed_tokens)
+        stages.append(Stage(embedding, first.weight, first.variance_epsilon))
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         attention = getattr(layer, architecture.attention)
         feed_forward = getattr(layer, architecture.feed_forward)

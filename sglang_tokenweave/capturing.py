@@ -24,6 +24,8 @@ def why_not(model_runner: Any, runtime: Runtime) -> str | None:
         return "stock prefill has none"
     if not runtime.model.place.is_whole:
         return "not with a pipeline"
+    if seams.has_sliding_window_cache(model_runner):  # its slots are looked up on the CPU
+        return "not with a cache for sliding windows"
     return refusals.graph_reason(model_runner.prefill_attention_backend_str)
 
 
@@ -46,7 +48,7 @@ def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenG
             [seams.captured_attention_backend(model_runner) for _ in range(2)],
             attention.o_proj.input_size_per_partition,
             partial(seams.forward_batch, model_runner, is_decode=False),
-            partial(seams.bind_slots, model_runner),
+            model_runner.model_config.context_len,
         )
         with seams.forward_context(model_runner):
             graphs.capture((size, runtime.plan_to_capture(size)) for size in sizes)

@@ -46,26 +46,27 @@ class WovenGraphs:
         backends: Sequence[Any],
         attention_columns: int,
         make_batch: Callable[..., Any],
-        bind_batch: Callable[[Any], None],
+        max_context: int,
     ) -> None:
         """Allocate what batches are brought to.
 
         Args:
-            run: the woven layers, from normalised rows in the slots to normalised rows there.
+            run: the woven stages, from the embedding to normalised rows in the slots.
             backends: SGLang's attention backends, one for each half, of these graphs alone.
             attention_columns: of attention's output on this rank.
             make_batch: returns SGLang's ForwardBatch of prompts with the fields that it is given.
-            bind_batch: tells SGLang that the requests of such a batch are others now.
+            max_context: tokens that a request can have.
         """
         self._run = run
         self._transport = transport
         self._buffer = buffer
         self._backends = backends
         self._make_batch = make_batch
-        self._bind_batch = bind_batch
+        self._max_context = max_context
         rows, like = buffer.capacity, buffer.tensor
-        self._positions = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        self._cache_slots = torch.zeros_like(self._positions)
+        self._input_ids = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        self._positions = torch.zeros_like(self._input_ids)
+        self._cache_slots = torch.zeros_like(self._input_ids)
         # Of each half: new tokens of a request, tokens before them, and both; its row in the pool.
         self._requests = self._positions.new_zeros(2, 3, REQUEST_SLOTS)
         self._pool_rows = self._positions.new_zeros(2, REQUEST_SLOTS)
@@ -117,16 +118,14 @@ class WovenGraphs:
 
     def _halves(self, num_tokens: int, cut: int) -> tuple[Half, Half]:
         one = slice(0, 1)
-        requests = (Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,)))
-        self._fill_requests(requests)
-        first, second = (
-            self._half(index, start, stop)
-            for index, (start, stop) in enumerate(((0, cut), (cut, num_tokens)))
+        self._fill_requests(
+            (Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,)))
         )
-        for half, own, backend in zip((first, second), requests, self._backends, strict=True):
-            _tell_requests(half.batch, own)
-            self._bind_batch(half.batch)
+        first = self._half(0, 0, cut)
+        second = self._half(1, cut, num_tokens)
+        for half, backend in zip((first, second), self._backends, strict=True):
             backend.init_forward_metadata_out_graph(half.batch, in_capture=True)
+        second.prepare = partial(self._prepare_attention, (first, second))
         return first, second
 
     def _half(self, index: int, start: int, stop: int) -> Half:
@@ -134,16 +133,21 @@ class WovenGraphs:
         owned = slot.owned_rows(self._transport.rank, self._transport.world_size)
         positions = self._positions[start:stop]
         lengths, prefixes, ends = self._requests[index]
+        # How far attention's tables of the KV cache are filled, each time.
+        longest = torch.tensor([self._max_context, *(REQUEST_SLOTS - 1) * [0]])
         batch = self._make_batch(
             num_tokens=stop - start,
             batch_size=REQUEST_SLOTS,
-            input_ids=torch.zeros_like(positions),
+            input_ids=self._input_ids[start:stop],
             req_pool_indices=self._pool_rows[index],
             seq_lens=ends,
+            seq_lens_cpu=longest,
             seq_lens_sum=stop,
             extend_num_tokens=stop - start,
             extend_seq_lens=lengths,
+            extend_seq_lens_cpu=lengths.tolist(),
             extend_prefix_lens=prefixes,
+            extend_prefix_lens_cpu=prefixes.tolist(),
             positions=positions,
             out_cache_loc=self._cache_slots[start:stop],
             # One half's is read before the other's is written.
@@ -157,14 +161,13 @@ class WovenGraphs:
             context=partial(seams.attention_context, self._backends[index], batch),
         )
 
-    def replay(
-        self,
-        plan: Plan,
-        batch: Any,
-        requests: tuple[Requests, Requests],
-        residual: torch.Tensor,
-    ) -> None:
-        """Take a batch through the layers; its normalised rows are in the buffer, and then again.
+    def _prepare_attention(self, halves: tuple[Half, Half]) -> None:
+        """Refill the metadata of both halves, on the device: dozens of launches otherwise."""
+        for half, backend in zip(halves, self._backends, strict=True):
+            backend.init_forward_metadata_out_graph(half.batch)
+
+    def replay(self, plan: Plan, batch: Any, requests: tuple[Requests, Requests]) -> None:
+        """Take a batch through all stages; its normalised rows are in the buffer afterwards.
 
         The GPU idles until the graph is launched, so few operations may come before.
 
@@ -172,28 +175,17 @@ class WovenGraphs:
             plan: a woven one with a graph.
             batch: SGLang's ForwardBatch, whole.
             requests: those of each half.
-            residual: `[num_tokens, hidden_size]`.
         """
         assert plan.kind is Kind.WEAVE
         woven = self._graphs[plan.graph_tokens]
+        # Padding is token 0 of no request, and goes to SGLang's slot 0.
+        _fill(self._input_ids[: plan.graph_tokens], batch.input_ids)
         _fill(self._positions[: plan.graph_tokens], batch.positions)
-        # Padding goes to SGLang's slot 0.
         _fill(self._cache_slots[: plan.graph_tokens], batch.out_cache_loc)
         self._fill_requests(requests)
-        num_tokens = residual.shape[0]
-        bounds = ((0, plan.cut), (plan.cut, num_tokens))
-        for index, (half, own, (start, stop)) in enumerate(
-            zip(woven.halves, requests, bounds, strict=True)
-        ):
-            owned = half.slot.owned_rows(self._transport.rank, self._transport.world_size)
-            _fill(half.residual, residual[start:stop][owned])
+        for rows, own in zip(self._pool_rows, requests, strict=True):
             indices = batch.req_pool_indices[own.rows]
-            self._pool_rows[index, : indices.shape[0]].copy_(indices)
-            _tell_requests(half.batch, own)
-            self._bind_batch(half.batch)
-            self._backends[index].init_forward_metadata_out_graph(half.batch)
-        if num_tokens < plan.graph_tokens:
-            self._buffer.slot(num_tokens, plan.graph_tokens).tensor.zero_()
+            rows[: indices.shape[0]].copy_(indices)
         woven.graph.replay()
 
     def _fill_requests(self, requests: tuple[Requests, Requests]) -> None:
@@ -204,16 +196,6 @@ class WovenGraphs:
         ]
         pinned = torch.tensor(rows, pin_memory=self._requests.is_cuda)
         self._requests.copy_(pinned, non_blocking=True)
-
-
-def _tell_requests(batch: Any, requests: Requests) -> None:
-    """Set what a half's batch says of its requests on the CPU: slots without one have no tokens."""
-    lengths, prefixes, ends = (
-        [*values, *(REQUEST_SLOTS - len(values)) * [0]]
-        for values in (requests.lengths, requests.prefixes, requests.ends)
-    )
-    batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu = lengths, prefixes
-    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(ends), sum(ends)
 
 
 def _fill(static: torch.Tensor, rows: torch.Tensor) -> None:

@@ -97,6 +97,15 @@ HOOKS = (
         why="a batch that will be woven must not replay the graph of an unwoven one",
     ),
     Hook(
+        target=_SRT + "model_executor.runner.prefill_cuda_graph_runner"
+        ".PrefillCudaGraphRunner.execute",
+        kind="AROUND",
+        handler=install.around_execute,
+        parameters=("self", "forward_batch"),
+        role=Role.WEAVE,
+        why="a woven graph starts as directly as a stock one, without the copies of eager batches",
+    ),
+    Hook(
         target=_SRT + "managers.scheduler.Scheduler.run_batch",
         kind="AFTER",
         handler=report.after_run_batch,

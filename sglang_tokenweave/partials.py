@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sglang_tokenweave import seams
 from sglang_tokenweave.weave import Half
 
 # One forward pass runs at a time in a worker process, on one thread, as in SGLang's own contexts.
@@ -46,6 +47,18 @@ def redirect(linear: Any) -> None:
         return original(input_, *args, output_tensor=_destination, **kwargs)
 
     linear.forward = forward
+
+
+def embedding(module: Any) -> Callable[[Half], None]:
+    """Return the embedding as a stage's computation: the residual begins with its sum."""
+
+    def compute(half: Half) -> None:
+        half.slot.tensor.copy_(seams.partial_embedding(module, half.batch.input_ids))
+        half.residual.zero_()
+        if half.prepare is not None:
+            half.prepare()  # the other half's embeddings travel meanwhile
+
+    return compute
 
 
 def attention(module: Any) -> Callable[[Half], None]:

@@ -50,7 +50,7 @@ class Model:
     original: Callable[..., Any]  # its stock forward
     architecture: Architecture
     place: PipelineStage
-    first_norm: Any  # SGLang's RMSNorm module before the first attention
+    first_norm: Any  # SGLang's RMSNorm module before this stage's first attention
     stages: tuple[Stage, ...]
     layer: LayerShape
     num_sms: int  # of the device
@@ -128,10 +128,8 @@ class Runtime:
             PPProxyTensors where another pipeline stage follows.
         """
 
-        owes_metadata, self._owes_metadata = self._owes_metadata, False
-
         def stock() -> Any:
-            if owes_metadata:
+            if self._owes_metadata:
                 seams.plan_attention(forward_batch)
             return self.model.original(
                 input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
@@ -141,10 +139,7 @@ class Runtime:
             plan = self._plan_in_graph(forward_batch, input_ids.shape[0])
             if plan.kind is Kind.OFF or input_embeds is not None:
                 return stock()
-            inputs = self._first_inputs(input_ids, pp_proxy_tensors)
-            return self._finish(
-                forward_batch, self._run(forward_batch, *inputs, (forward_batch,), plan)
-            )
+            return self._finish(forward_batch, self._run(forward_batch, (forward_batch,), plan))
         decided = self._decide(forward_batch, input_embeds)
         if self._checked is not None:
             # A rank that went its own way would wait for the others, and they for it.
@@ -153,13 +148,15 @@ class Runtime:
         if decided is None:
             return stock()
         shape, plan, parts = decided
-        try:
-            inputs = self._first_inputs(input_ids, pp_proxy_tensors)
-        except UnsplittableError as error:
-            self._fall_back(str(error))
-            return stock()
+        handed_over = None
+        if not self.model.place.is_first:
+            try:
+                handed_over = pipeline.take_over(pp_proxy_tensors, shape.num_tokens)
+            except UnsplittableError as error:
+                self._fall_back(str(error))
+                return stock()
         self._count(shape, plan)
-        return self._finish(forward_batch, self._run(forward_batch, *inputs, parts, plan))
+        return self._finish(forward_batch, self._run(forward_batch, parts, plan, handed_over))
 
     def _finish(self, batch: Any, halves: tuple[Half, ...]) -> Any:
         if not self.model.place.is_last:
@@ -180,24 +177,34 @@ class Runtime:
         return plan
 
     def exceeds_stock_graph(self, batch: Any) -> bool:
-        """Whether SGLang's own graph of a batch's size does less than is planned.
-
-        The last question before the batch comes to `forward`, in this process.
-        """
-        self._owes_metadata = False
-        try:
-            planned = self.plan(batch)
-        except UnsplittableError:
-            return False
+        """Whether SGLang's own graph of a batch's size does less than is planned."""
+        planned = self._plan_or_none(batch)
         if planned is None or planned[1].kind is Kind.OFF:
             return False
         shape, plan = planned
-        if plan.graph_tokens:
-            # SGLang would prepare attention for the whole batch meanwhile, and the GPU would wait.
-            batch.mark_forward_metadata_ready()
-            self._owes_metadata = True
-            return True
         return plan.kind is not self.kind_in_graph(shape.mode, shape.num_tokens)
+
+    def has_graph(self, batch: Any) -> bool:
+        """Whether a graph of the weave is planned to run a batch."""
+        planned = self._plan_or_none(batch)
+        return planned is not None and planned[1].graph_tokens > 0
+
+    def replay(self, forward: Callable[[], Any]) -> Any:
+        """Call SGLang's `forward` of a batch with a graph; attention is prepared inside of that.
+
+        SGLang's own preparation would only let the GPU wait.
+        """
+        self._owes_metadata = True
+        try:
+            return forward()
+        finally:
+            self._owes_metadata = False
+
+    def _plan_or_none(self, batch: Any) -> tuple[BatchShape, Plan] | None:
+        try:
+            return self.plan(batch)
+        except UnsplittableError:
+            return None
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
         """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""
@@ -242,61 +249,54 @@ class Runtime:
                 reason,
             )
 
-    def _first_inputs(
-        self, input_ids: torch.Tensor, proxy: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the hidden states and the residual that the first layer here begins with."""
-        if self.model.place.is_first:
-            return self.model.inner.embed_tokens(input_ids), None
-        return pipeline.take_over(proxy, input_ids.shape[0])
-
     def _run(
         self,
         batch: Any,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
         parts: tuple[Any, ...],
         plan: Plan,
+        handed_over: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[Half, ...]:
-        if residual is None:
-            residual, normalised = hidden_states, self.model.first_norm(hidden_states)
-        else:  # in place, on some devices
-            normalised, residual = self.model.first_norm(hidden_states, residual)
-        self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
+        """Run a batch; what was handed over are hidden states and residual of the stage before."""
         if plan.graph_tokens:
             assert self.graphs is not None
             first, second = parts
-            self.graphs.replay(plan, batch, (first, second), residual)
+            self.graphs.replay(plan, batch, (first, second))
             return ()
+        residual = None
+        if handed_over is not None:  # normalised in place, on some devices
+            normalised, residual = self.model.first_norm(*handed_over)
+            self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
         halves = self._halves(residual, parts)
         self.weave(halves, plan)
         return halves
 
     def weave(self, halves: Sequence[Half], plan: Plan) -> None:
-        """Take halves through all layers: from normalised rows in their slots to such again."""
+        """Take halves through all stages: the normalised rows are in their slots afterwards."""
         with (
             seams.partial_sums(),
             architectures.own_reductions_left_out(self.model.architecture, self.model.inner),
         ):
             weave.run(self.model.stages, halves, plan, self.transport)
 
-    def _halves(self, residual: torch.Tensor, parts: tuple[Any, ...]) -> tuple[Half, ...]:
+    def _halves(self, residual: torch.Tensor | None, parts: tuple[Any, ...]) -> tuple[Half, ...]:
         halves = []
         start = 0
         backends = self._backends if len(parts) > 1 else (None,)
         for part, backend in zip(parts, backends, strict=True):
             slot = self.buffer.slot(start, start + part.input_ids.shape[0])
-            halves.append(self._half(slot, residual[start:], part, backend))
+            rows = None if residual is None else residual[start:]
+            halves.append(self._half(slot, rows, part, backend))
             start += slot.num_tokens
         return tuple(halves)
 
-    def _half(self, slot: Slot, residual: torch.Tensor, part: Any, backend: Any) -> Half:
+    def _half(self, slot: Slot, residual: torch.Tensor | None, part: Any, backend: Any) -> Half:
         owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
+        own = slot.tensor if residual is None else residual  # the embedding overwrites it
         if backend is not None:
             backend.init_forward_metadata(part)
         return Half(
             slot=slot,
-            residual=residual[owned].clone(),
+            residual=own[owned].clone(),
             positions=part.positions,
             batch=part,
             context=partial(seams.attention_context, backend, part) if backend else nullcontext,

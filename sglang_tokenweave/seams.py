@@ -30,6 +30,7 @@ _NEEDED_OBJECTS = (
     "model_executor.forward_batch_info:PPProxyTensors",
     "model_executor.model_runner:ModelRunner._get_attention_backend",
     "layers.moe.utils:should_skip_mlp_all_reduce",
+    "layers.vocab_parallel_embedding:VocabParallelEmbedding._embed_local_shard",
 )
 _NEEDED_PARAMETERS = (
     ("layers.linear:RowParallelLinear.forward", ("output_tensor", "skip_all_reduce")),
@@ -89,6 +90,15 @@ def partial_sums() -> Any:
     return _resolve("runtime_context:get_forward")().scoped(mlp_reduce_scatter=True)
 
 
+def partial_embedding(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return what a rank adds to the embeddings of tokens: its part of the vocabulary, or zeros."""
+    if getattr(module, "tp_size", 1) > 1:
+        part: torch.Tensor = module._embed_local_shard(input_ids)
+        return part
+    rows: torch.Tensor = module(input_ids)  # every rank has the whole vocabulary
+    return rows if tensor_parallel_group().rank_in_group == 0 else torch.zeros_like(rows)
+
+
 def attention_context(backend: Any, batch: Any) -> Any:
     """Return a context in which attention uses `backend`, which holds the metadata of `batch`."""
     module, takes_batch = _forward_context()
@@ -129,15 +139,11 @@ def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **valu
         capture_hidden_mode=_resolve(module + "CaptureHiddenMode").NULL,
         **values,
     )
-    bind_slots(model_runner, batch)
-    return batch
-
-
-def bind_slots(model_runner: Any, batch: Any) -> None:
-    """Bind the KV slots of a batch of our own before it runs, as SGLang asks for from 0.5.23 on."""
+    # From 0.5.23 the KV slots of a batch are bound before it runs.
     bind = getattr(getattr(model_runner, "kv_index_translator", None), "bind_runner_slots", None)
     if bind is not None:
         bind(batch)
+    return batch
 
 
 def plan_attention(batch: Any) -> None:
@@ -172,6 +178,16 @@ def graph_pool() -> Any:
     """Return the memory pool of SGLang's graphs: one graph runs at a time, so ours share it."""
     pool = "model_executor.runner_utils.pool:get_or_create_global_graph_memory_pool"
     return _resolve(pool)(torch.cuda)
+
+
+def capture_mode() -> Any:
+    """Return the context in which SGLang captures its decode graphs."""
+    return _resolve("model_executor.runner_utils.capture_mode:model_capture_mode")()
+
+
+def has_sliding_window_cache(model_runner: Any) -> bool:
+    """Whether some layers keep the last tokens' keys and values only, in a pool of their own."""
+    return bool(getattr(model_runner.attn_backend, "use_sliding_window_kv_pool", False))
 
 
 def captured_attention_backend(model_runner: Any) -> Any:

@@ -5,7 +5,7 @@ measured, so what the table changes for their sizes takes another capture.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,9 @@ class StockGraphs:
 
     def capture(self, sizes: Sequence[int]) -> None:
         """Capture the graphs of some sizes again; a collective call of the model's ranks."""
-        with self._only(sizes):
+        # As SGLang does at its start: a prefill runner says itself that it captures.
+        mode = seams.capture_mode() if self.mode is Mode.DECODE else nullcontext()
+        with mode, self._only(sizes):
             self.runner.capture()
 
     @contextmanager

@@ -21,6 +21,7 @@ class Half:
     batch: Any  # SGLang's ForwardBatch of these tokens
     context: Callable[[], AbstractContextManager[None]]  # SGLang's forward context of this half
     pending: Pending | None = None
+    prepare: Callable[[], None] | None = None  # for attention, once the embedding is looked up
 
     def wait(self) -> None:
         """Let what follows see the result of the half's last communication."""

@@ -101,7 +101,7 @@ def facts(**changes):
         "cuda": cuda_of(),
         "nvml": nvml_of(),
         "nvrtc": Nvrtc((13, 0), (90, 100, 103, 120)),
-        "sglang": Sglang(num_hooks=10, missing=(), partial=()),
+        "sglang": Sglang(num_hooks=11, missing=(), partial=()),
     }
     return Facts(**{**good, **changes})
 

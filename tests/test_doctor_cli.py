@@ -78,7 +78,7 @@ def test_json_says_the_same(runs):
     assert [each["id"] for each in found["findings"]] == ids(runs["text"][1])
     assert found["verdict"]["can_weave"] is False
     assert found["facts"]["cuda"]["kind"] == "error"
-    assert found["facts"]["sglang"] == {"num_hooks": 10, "missing": [], "partial": []}
+    assert found["facts"]["sglang"] == {"num_hooks": 11, "missing": [], "partial": []}
     assert found["facts"].keys() == {field.name for field in fields(Facts)}
     assert found["selftest"] is None
     documented = PAGE.partition("## JSON")[2]

@@ -4,6 +4,7 @@ The runner is a stand-in, because SGLang's captures on GPUs only: its list of si
 and the dictionaries of its backend are what is used of it.
 """
 
+import pkgutil
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,12 @@ from sglang_tokenweave.tuning.table import OFF, Candidate
 FUSE_8, FUSE_16 = (Candidate(Kind.FUSE, fuse_ctas=ctas) for ctas in (8, 16))
 WEAVE = Candidate(Kind.WEAVE, ctas=8, fuse_ctas=16)
 NOTHING = PlanTable(())
+
+
+def is_capturing():
+    return pkgutil.resolve_name(
+        "sglang.srt.model_executor.runner_utils.capture_mode:get_is_capture_mode"
+    )()
 
 
 class OurRuntime(SimpleNamespace):
@@ -47,10 +54,12 @@ class Runner:
         self.mode, self.sizes_name, self.runtime = mode, sizes_name, runtime
         self.backend = SimpleNamespace(graphs={}, outputs={}, pool="a pool")
         self.fails_at = None
+        self.said_so = False  # that it captures, as SGLang's code asks
         setattr(self, sizes_name, sizes)
         self.capture()
 
     def capture(self):
+        self.said_so = is_capturing()
         for size in reversed(getattr(self, self.sizes_name)):
             plan = plan_unsplit(self.mode, size, self.runtime.table)
             self.runtime.kinds_in_graphs[self.mode, size] = plan.kind
@@ -65,6 +74,7 @@ def server(runtime, table=NOTHING):
     runtime.table = table
     return SimpleNamespace(
         device="cuda",
+        attn_backend=SimpleNamespace(use_sliding_window_kv_pool=False),
         prefill_attention_backend_str="fa3",
         prefill_cuda_graph_runner=Runner(
             Mode.PREFILL, "capture_num_tokens", [64, 128, 512], runtime
@@ -104,6 +114,15 @@ def test_graphs_of_some_sizes_are_captured_again_and_put_back():
     prefill.put_back(fused)
     assert backend.graphs[128] == (Kind.FUSE, 16)
     assert backend.pool == "a pool"
+
+
+def test_warm_ups_of_decode_graphs_count_as_captures():
+    """A prefill runner says so itself; a decode runner was told at SGLang's start, outside."""
+    runtime = OurRuntime()
+    for graphs in stock_graphs.find(server(runtime), runtime):
+        graphs.capture(graphs.sizes[:1])
+        assert graphs.runner.said_so is (graphs.mode is Mode.DECODE)
+    assert not is_capturing()
 
 
 def test_a_new_table_renews_the_graphs_that_it_puts_the_op_in_or_out_of():

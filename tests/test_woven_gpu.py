@@ -1,4 +1,4 @@
-"""The woven forward in CUDA graphs, in a real SGLang on one GPU: the other ranks are emulated."""
+"""The woven forward in CUDA graphs, in a real SGLang: ranks emulated on one GPU, and on two."""
 
 import math
 import random
@@ -32,6 +32,7 @@ FLAGS = (
     *("--cuda-graph-bs-prefill", *map(str, SIZES)),
 )
 WEAVE = ("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "200")
+COPY = (*WEAVE, "--tokenweave-ctas", "0")
 FUSE = (
     *("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "100000"),
     *("--tokenweave-fuse-min-tokens", "1"),
@@ -50,20 +51,33 @@ def model(tmp_path_factory):
     return make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama", "bfloat16", **MODEL)
 
 
+def on_two_gpus(*values):
+    too_few = torch.cuda.device_count() < 2
+    marks = [pytest.mark.multi_gpu, pytest.mark.skipif(too_few, reason="needs two CUDA devices")]
+    return pytest.param(*values, marks=marks, id="two GPUs")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, id="emulated"), on_two_gpus(2)])
+def tp(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """Return folders that make SGLang load the emulated transport as a plugin."""
+def emulation(tp, tmp_path_factory):
+    """Return folders that make SGLang load the emulated transport as a plugin, where it must."""
+    if tp > 1:
+        return []
     folder = tmp_path_factory.mktemp("plugin")
     forward_timer.folder(folder, "emulation", "benchmarks.forward_timer:emulate")
     return [folder, ROOT]
 
 
-def server(model, launcher, flags=(), pythonpath=()):
+def server(model, tp, launcher, flags=(), pythonpath=()):
     # The harness' own are those of a server on a CPU.
-    environment = {"SGLANG_USE_CPU_ENGINE": "0"}
+    environment = {"SGLANG_USE_CPU_ENGINE": "0", "SGLANG_NCCL_SO_PATH": ""}
     return Server(
         model,
-        tp=1,
+        tp=tp,
         flags=(*FLAGS, *flags),
         launcher=launcher,
         pythonpath=pythonpath,
@@ -112,8 +126,8 @@ def prompt_with_prefix():
 
 
 @pytest.fixture(scope="module")
-def stock(model):
-    with server(model, "stock") as running:
+def stock(model, tp):
+    with server(model, tp, "stock") as running:
         return ask_all(running)
 
 
@@ -152,8 +166,9 @@ def is_as_exact(found, stock, reference):
     return rms(found, reference) <= 1.05 * rms(stock, reference)
 
 
-def test_woven_graphs_are_as_exact_as_stock(model, emulation, stock, reference):
-    with server(model, "tokenweave", (*WEAVE, "--tokenweave-strict"), emulation) as running:
+def woven(model, tp, emulation, flags):
+    """Return what a server that weaves answered, and check that it wove in its graphs."""
+    with server(model, tp, "tokenweave", (*flags, "--tokenweave-strict"), emulation) as running:
         found = ask_all(running)
         state, log = running.tokenweave(), running.log()
     assert "TokenWeave captured 4 CUDA graphs of up to 2048 tokens" in log
@@ -161,11 +176,23 @@ def test_woven_graphs_are_as_exact_as_stock(model, emulation, stock, reference):
     assert state["batches"]["prefill"]["weave"] >= len(PROMPTS)
     assert state["cuts"]["inside"] > 0
     assert state["fallbacks"] == {}
+    return found
+
+
+def test_woven_graphs_are_as_exact_as_stock(model, tp, emulation, stock, reference):
+    found = woven(model, tp, emulation, WEAVE)
     assert is_as_exact(found, stock, reference)
 
 
-def test_the_fused_op_runs_in_stock_graphs(model, emulation, stock, reference):
-    with server(model, "tokenweave", (*FUSE, "--tokenweave-strict"), emulation) as running:
+def test_copy_engines_in_graphs_are_as_exact_as_stock(model, tp, emulation, stock, reference):
+    if tp == 1:
+        pytest.skip("emulated ranks have no copy engines")
+    found = woven(model, tp, emulation, COPY)
+    assert is_as_exact(found, stock, reference)
+
+
+def test_the_fused_op_runs_in_stock_graphs(model, tp, emulation, stock, reference):
+    with server(model, tp, "tokenweave", (*FUSE, "--tokenweave-strict"), emulation) as running:
         found = ask_all(running)
         state, log = running.tokenweave(), running.log()
     assert "cuda graph: True" in log
