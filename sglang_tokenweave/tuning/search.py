@@ -82,21 +82,26 @@ def search(
     ordered = sorted(sizes, key=lambda size: (size[0] is Mode.DECODE, size[1]))
     if not ordered or spent_s() >= budget_s:
         return
-    costs = _probe(*ordered[0], space, measure, spent_s)
+    costs = _probe(ordered, space, measure, spent_s)
     ranking: list[Candidate] = []  # of the size before, the best first
-    for index, (mode, tokens) in enumerate(ordered):
-        shares = [
-            costs.prepare_s + _MEAN_ROUNDS * costs.run_s(later) for _, later in ordered[index:]
-        ]
-        share_s = (budget_s - spent_s()) * shares[0] / sum(shares)
-        fitting = int(share_s / (costs.prepare_s + _MEAN_ROUNDS * costs.run_s(tokens)))
-        rivals = _prune(space.candidates(mode, tokens), ranking, max(2, fitting))
-        halving = _Halving(mode, tokens, measure, spent_s, spent_s() + share_s, costs)
-        halving.run(rivals)
-        if halving.times:
-            costs, ranking = halving.costs, halving.ranking()
-        if len(halving.times.get(OFF, ())) >= LEAST_ROUNDS:
-            yield halving.bucket()
+    while ordered:
+        without_time: list[tuple[Mode, int]] = []
+        for index, (mode, tokens) in enumerate(ordered):
+            still = [*without_time, *ordered[index:]]
+            share_s = (budget_s - spent_s()) * costs.of_size(tokens) / costs.of_sizes(still)
+            fitting = int(share_s / costs.of_size(tokens))
+            rivals = _prune(space.candidates(mode, tokens), ranking, max(2, fitting))
+            halving = _Halving(mode, tokens, measure, spent_s, spent_s() + share_s, costs)
+            halving.run(rivals)
+            if halving.times:
+                costs, ranking = halving.costs, halving.ranking()
+            if len(halving.times.get(OFF, ())) >= LEAST_ROUNDS:
+                yield halving.bucket()
+            elif not halving.times:
+                without_time.append((mode, tokens))
+        # The first candidates of a kind load and compile what the later ones find: what was too
+        # short a time for a size may be enough, now that it is known better what it takes.
+        ordered = without_time if len(without_time) < len(ordered) else []
 
 
 @dataclass(frozen=True)
@@ -109,22 +114,38 @@ class _Costs:
     def run_s(self, tokens: int) -> float:
         return self.unit_s * (tokens + _FIXED_TOKENS)
 
+    def of_size(self, tokens: int) -> float:
+        """Return what a candidate takes at a size."""
+        return self.prepare_s + _MEAN_ROUNDS * self.run_s(tokens)
+
+    def of_sizes(self, sizes: Sequence[tuple[Mode, int]]) -> float:
+        """Return the same of all of them."""
+        return sum(self.of_size(tokens) for _, tokens in sizes)
+
     @classmethod
     def of(cls, prepare_s: float, run_s: float, tokens: int) -> "_Costs":
         return cls(prepare_s, run_s / (tokens + _FIXED_TOKENS))
 
 
 def _probe(
-    mode: Mode, tokens: int, space: Space, measure: Measure, spent_s: Callable[[], float]
+    sizes: Sequence[tuple[Mode, int]],
+    space: Space,
+    measure: Measure,
+    spent_s: Callable[[], float],
 ) -> _Costs:
-    """Measure OFF and one more once, to know what it takes."""
-    last = space.candidates(mode, tokens)[-1]
-    measure([OFF], mode, tokens, 0)
+    """Measure OFF and one more once, to know what it takes: at the second size.
+
+    What is loaded once, kernels compiled or libraries initialised, takes its time at the first.
+    """
+    first, again = sizes[0], sizes[min(1, len(sizes) - 1)]
+    last = [each for each in space.candidates(*first) if each in space.candidates(*again)][-1]
+    measure([OFF, last], *first, 0)
+    measure([OFF], *again, 0)
     began_s = spent_s()
-    measure([last], mode, tokens, 0)
+    measure([last], *again, 0)
     prepared_s = spent_s()
-    measure([OFF, last], mode, tokens, 1)
-    return _Costs.of(prepared_s - began_s, (spent_s() - prepared_s) / 2, tokens)
+    measure([OFF, last], *again, 1)
+    return _Costs.of(prepared_s - began_s, (spent_s() - prepared_s) / 2, again[1])
 
 
 def _prune(rivals: list[Candidate], ranking: list[Candidate], most: int) -> list[Candidate]:
