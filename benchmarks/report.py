@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import bars, table
+from benchmarks import bars, prefill_bars, table
 from benchmarks.bars import Verdict
 from benchmarks.schema import Result, SchemaError, load
 
@@ -37,9 +37,10 @@ def _report(path: Path, plots: Path | None, *, check: bool) -> bool:
 
 
 def _check(result: Result) -> bool:
-    judged = bars.judge(result)
+    judge = prefill_bars.judge if result.bench == "prefill" else bars.judge
+    judged = judge(result)
     cells = [(each.bar, str(each.tokens), each.verdict.value, each.numbers) for each in judged]
-    print("\n".join(table.markdown((f"bar ({bars.SHAPE})", "tokens", "verdict", "us"), cells)))
+    print("\n".join(table.markdown(("bar", "tokens", "verdict", "numbers"), cells)))
     passed = sum(each.verdict is Verdict.PASS for each in judged)
     print(f"\n{passed} of {len(judged)} passed")
     return passed == len(judged)

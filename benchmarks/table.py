@@ -1,7 +1,8 @@
-"""The op benchmark's table: the floor, the best rival and ours at every size."""
+"""A result as Markdown; of the op: the floor, the best rival and ours at every size."""
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks import prefill_table
 from benchmarks.roles import Role, by_size, ctas, fastest, shapes
 from benchmarks.schema import BENCHES, Meta, Result, Row
 
@@ -23,6 +24,8 @@ def text(result: Result) -> str:
     parts = [heading(result.meta)]
     if result.bench == "op":
         parts += [_shape(result, shape) for shape in shapes(result)]
+    elif result.bench == "prefill":
+        parts += [_prefill(*each) for each in prefill_table.tables(result)]
     else:
         lines = _by_ctas(result) if result.bench == "one_gpu" else _plain(result)
         parts += ["\n".join(lines)]
@@ -71,6 +74,11 @@ def _lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
 def _smoke_lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
     cells = [[str(tokens), ", ".join(sorted(rows))] for tokens, rows in sizes.items()]
     return markdown(("tokens", "ran, with right results"), cells)
+
+
+def _prefill(shape: str, times: prefill_table.Cells, cpu: prefill_table.Cells) -> str:
+    lines = [*markdown(*times), "", "CPU time of a layer in us, until the call returns:", ""]
+    return "\n".join([f"### {shape}", "", *lines, *markdown(*cpu)])
 
 
 def _plain(result: Result) -> list[str]:

@@ -1,0 +1,67 @@
+"""The prefill benchmark's tables and bars: stock, ours and the bound at every size."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.roles import by_size, shapes
+from benchmarks.schema import Result, Row
+
+BOUND = "no_comm"
+_CPU = "cpu_us_per_layer"
+
+Rows = Mapping[str, Row]
+Cells = tuple[Sequence[str], list[Sequence[str]]]  # a head, and rows
+
+
+def stock(rows: Rows) -> Row | None:
+    """Return the fastest stock configuration."""
+    found = (row for row in rows.values() if row.variant.startswith("stock/"))
+    return min(found, key=lambda row: row.time_us, default=None)
+
+
+def ours(rows: Rows) -> Row | None:
+    """Return the fastest of ours: what `auto` chose if it took part, else all variants count."""
+    if "auto" in rows:
+        return rows["auto"]
+    found = (row for row in rows.values() if not row.variant.startswith("stock/"))
+    return min(
+        (row for row in found if row.variant != BOUND), key=lambda row: row.time_us, default=None
+    )
+
+
+def tables(result: Result) -> list[tuple[str, Cells, Cells]]:
+    """Return for each shape its name, its times in ms with the ratios, and its CPU times in us."""
+    return [(shape, _times(result, shape), _cpu(result, shape)) for shape in shapes(result)]
+
+
+def _times(result: Result, shape: str) -> Cells:
+    names, sizes = _variants(result, shape), by_size(result, shape)
+    head = ("tokens", *(f"{name} ms" for name in names), "speed-up", "% of no_comm")
+    cells: list[Sequence[str]] = []
+    for tokens, rows in sizes.items():
+        best, mine, bound = stock(rows), ours(rows), rows.get(BOUND)
+        cells.append(
+            [
+                str(tokens),
+                *(_ms(rows[name]) if name in rows else "-" for name in names),
+                f"{best.time_us / mine.time_us:.2f}x ({mine.variant})" if best and mine else "-",
+                f"{100 * bound.time_us / mine.time_us:.0f}" if bound and mine else "-",
+            ]
+        )
+    return head, cells
+
+
+def _cpu(result: Result, shape: str) -> Cells:
+    names, sizes = _variants(result, shape), by_size(result, shape)
+    cells: list[Sequence[str]] = [
+        [str(tokens), *(f"{rows[n].extra[_CPU]:.0f}" if n in rows else "-" for n in names)]
+        for tokens, rows in sizes.items()
+    ]
+    return ("tokens", *names), cells
+
+
+def _variants(result: Result, shape: str) -> list[str]:
+    return list(dict.fromkeys(row.variant for row in result.rows if row.shape == shape))
+
+
+def _ms(row: Row) -> str:
+    return f"{row.time_us / 1e3:.2f} ±{row.spread_us / 2e3:.2f}"

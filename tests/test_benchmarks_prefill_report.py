@@ -1,0 +1,93 @@
+"""What is made of the prefill benchmark's results: its tables and bars."""
+
+from dataclasses import replace
+
+import pytest
+from made_up_results import META
+
+from benchmarks import prefill_bars, report, table
+from benchmarks.bars import Verdict
+from benchmarks.schema import Result, Row
+
+SHAPE = "tp8rank-8l-tp2"
+TIMES = {  # us, of 1024 tokens; then they grow with the tokens
+    "stock/default": 6000.0,
+    "stock/raised": 5900.0,
+    "fuse": 5700.0,
+    "weave/copy": 4500.0,
+    "no_comm": 4600.0,
+}
+
+
+def result_of(times=TIMES, shape=SHAPE, cpu_us=300.0, **meta):
+    rows = [
+        Row(shape, tokens, name, us * tokens / 1024, 90.0, {"cpu_us_per_layer": cpu_us})
+        for tokens in (1024, 8192)
+        for name, us in times.items()
+    ]
+    return Result("prefill", replace(META, **meta), tuple(rows))
+
+
+def judged(result):
+    return {(each.bar, each.tokens): each for each in prefill_bars.judge(result)}
+
+
+def test_the_table_compares_the_best_of_stock_with_the_best_of_ours_and_the_bound():
+    text = table.text(result_of())
+    assert "### tp8rank-8l-tp2" in text
+    assert "| tokens | stock/default ms | stock/raised ms |" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("|   1024 |") and "x" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:3] == ["6.00 ±0.04", "5.90 ±0.04"]
+    assert cells[-2:] == ["1.31x (weave/copy)", "102"]
+    assert text.count("|   1024 |") == 2  # and one line of CPU times
+
+
+def test_what_the_planner_chose_counts_where_it_took_part():
+    text = table.text(result_of({**TIMES, "auto": 5000.0}))
+    assert "1.18x (auto)" in text
+
+
+def test_bars_pass_where_all_is_well():
+    found = judged(result_of())
+    assert {each.verdict for each in found.values()} == {Verdict.PASS}
+    assert (f"{SHAPE}: stock/raised / weave/copy", 1024) in found
+    assert (f"{SHAPE}: weave/copy / no_comm", 8192) in found
+
+
+@pytest.mark.parametrize(
+    ("times", "bar"),
+    [
+        ({"weave/copy": 5000.0}, "stock/raised / weave/copy"),
+        ({"no_comm": 4400.0}, "weave/copy / no_comm"),
+        ({"auto": 6200.0}, "auto / stock/default"),
+    ],
+)
+def test_each_bar_can_fail(times, bar):
+    found = judged(result_of({**TIMES, **times}))
+    assert found[f"{SHAPE}: {bar}", 8192].verdict is Verdict.FAIL
+
+
+def test_cpu_time_has_a_bar_of_its_own():
+    result = result_of()
+    rows = tuple(
+        replace(row, extra={"cpu_us_per_layer": 700.0}) if row.variant == "weave/copy" else row
+        for row in result.rows
+    )
+    found = judged(replace(result, rows=rows))
+    assert found[f"{SHAPE}: CPU of weave/copy / stock/raised", 1024].verdict is Verdict.FAIL
+
+
+def test_without_stock_or_ours_nothing_is_judged():
+    found = judged(result_of({"stock/default": 6000.0, "no_comm": 4600.0}))
+    assert {each.verdict for each in found.values()} == {Verdict.MISSING}
+
+
+def test_a_report_judges_prefills_too(tmp_path, capsys):
+    path = tmp_path / "prefill.json"
+    result_of().save(path)
+    assert report.main([str(path), "--check"]) == 0
+    assert "5 of 5 passed" in capsys.readouterr().out
+    result_of(smoke=True).save(path)
+    assert report.main([str(path), "--check"]) == 2
+    assert "a smoke test's times mean nothing" in capsys.readouterr().err
