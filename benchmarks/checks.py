@@ -1,18 +1,29 @@
 """Hold the model against what was measured: TokenWeave's published figures, and our own."""
 
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from benchmarks import model, published
+from benchmarks import model, prefill_table, published
 from benchmarks.measured import GEMM_TOKENS, GEMM_US
-from benchmarks.model import H100, LLAMA_70B, MIXTRAL, QWEN_72B, Setting
-from benchmarks.roles import ctas
-from benchmarks.schema import load
+from benchmarks.model import H100, H200, LLAMA_70B, MIXTRAL, QWEN_72B, Model, Setting
+from benchmarks.roles import by_size, ctas, shapes
+from benchmarks.schema import Row, load
 from sglang_tokenweave.waves import GemmShape, predicted_us
 
 MODELS = {each.name: each for each in (LLAMA_70B, QWEN_72B, MIXTRAL)}
 _HIDDEN = 8192
+_RESULTS = Path(__file__).parent / "results"
+# Prefills of ours that the model is held against, 8 layers each. Below so many tokens the CPU and
+# what is outside the layers are most of a pass; above a chunk there are several.
+_SHARE = Model("tp8rank", 8, 8192, 16, 2, 128, 7168)
+_PREFILLS = (
+    ("prefill-tp8rank-h200x2", _SHARE, 2),
+    ("prefill-llama-3.3-70b-h200x2", replace(LLAMA_70B, layers=8), 2),
+    ("prefill-llama-3.3-70b-h200x4", replace(LLAMA_70B, layers=8), 4),
+)
+_LEAST_TOKENS, _CHUNK = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,11 @@ def ops() -> list[Check]:
 
 
 def own() -> list[Check]:
-    """Compare with measurements of ours on one H200."""
+    """Compare with measurements of ours on H200: one, and several."""
+    return _one_gpu() + _several_gpus()
+
+
+def _one_gpu() -> list[Check]:
     gemms = [
         Check(
             "one GEMM, H200",
@@ -135,3 +150,45 @@ def own() -> list[Check]:
         and (row.tokens, row.variant) not in model.USED  # the model's constants are from these
     ]
     return gemms + kernels
+
+
+def _several_gpus() -> list[Check]:
+    found: list[Check] = []
+    for world_size in (2, 4):
+        setting = Setting(LLAMA_70B, H200, world_size, multicast=False)
+        found += [
+            Check(
+                f"our kernel at TP={world_size}, "
+                + ("up to 8 blocks" if count <= model.CTAS_ALONE // 4 else "16 and 32 blocks"),
+                f"{row.tokens} tokens, {row.variant}",
+                model.fused_us(setting, row.tokens, count),
+                row.time_us,
+            )
+            for row in load(_RESULTS / f"op-h200x{world_size}.json").rows
+            if row.variant.startswith("fused/") and (count := ctas(row.variant))
+        ]
+    for name, shape, world_size in _PREFILLS:
+        setting = Setting(shape, H200, world_size, multicast=False)
+        result = load(_RESULTS / f"{name}.json")
+        (of_shape,) = shapes(result)
+        for tokens, rows in by_size(result, of_shape).items():
+            if _LEAST_TOKENS <= tokens <= _CHUNK:
+                found += _own_prefill(setting, tokens, rows)
+    return sorted(found, key=lambda check: check.what.startswith("prefill"))
+
+
+def _own_prefill(setting: Setting, tokens: int, rows: Mapping[str, Row]) -> Iterator[Check]:
+    times, layers = model.layer_times(setting, tokens), setting.model.layers
+    stock, mine = prefill_table.stock(rows), prefill_table.ours(rows)
+    assert stock is not None
+    assert mine is not None
+    no_comm = rows[prefill_table.BOUND].time_us
+    pairs = {
+        "no-comm": (layers * times.no_comm, no_comm),
+        "stock": (layers * times.stock, stock.time_us),
+        "weave": (layers * times.weave, mine.time_us),
+        "stock / weave": (times.stock / times.weave, stock.time_us / mine.time_us),
+    }
+    where = f"{setting.model.name}, TP={setting.world_size}, {tokens} tokens"
+    for what, (predicted, measured) in pairs.items():
+        yield Check(f"prefill, {what}", where, predicted, measured)
