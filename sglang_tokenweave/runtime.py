@@ -291,12 +291,13 @@ class Runtime:
 
     def _half(self, slot: Slot, residual: torch.Tensor | None, part: Any, backend: Any) -> Half:
         owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
-        own = slot.tensor if residual is None else residual  # the embedding overwrites it
         if backend is not None:
             backend.init_forward_metadata(part)
         return Half(
             slot=slot,
-            residual=own[owned].clone(),
+            residual=slot.tensor.new_empty(owned.stop - owned.start, slot.tensor.shape[1])
+            if residual is None  # the embedding writes it
+            else residual[owned].clone(),
             positions=part.positions,
             batch=part,
             context=partial(seams.attention_context, backend, part) if backend else nullcontext,
