@@ -17,7 +17,7 @@ from benchmarks.ranks import RankError, run_ranks
 from benchmarks.schema import Result
 from benchmarks.worker import VARIANTS, Options, Report, run_rank
 
-_START_S = 60.0  # imports, groups, kernels that compile when first used
+_START_S = 60.0  # imports, groups, memory
 _EVERY_VARIANT = ",".join(VARIANTS)
 
 
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden", default=",".join(map(str, cases.HIDDEN)))
     parser.add_argument("--dtype", default="bf16", choices=sorted(cases.DTYPES))
     parser.add_argument("--variants", default=_EVERY_VARIANT, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=480, help="for the run, all in all")
+    parser.add_argument("--seconds", type=float, default=480, help="for all but compiling")
     parser.add_argument(
         "--deadline", type=float, default=300, help="seconds for one phase of a rank"
     )

@@ -53,8 +53,10 @@ def _size(shape: str, tokens: int, rows: Rows) -> list[Judged]:
     if most is not None and bound is not None:
         ratio = mine.time_us / bound.time_us
         add(f"{mine.variant} / {BOUND}", ratio, ratio <= most, f"at most {most:.2f}")
-    ratio = mine.extra["cpu_us_per_layer"] / best.extra["cpu_us_per_layer"]
-    add(f"CPU of {mine.variant} / {best.variant}", ratio, ratio <= CPU, f"at most {CPU}")
+    cpu = [row.extra.get("cpu_us_per_layer") for row in (mine, best)]
+    if cpu[0] and cpu[1]:
+        ratio = cpu[0] / cpu[1]
+        add(f"CPU of {mine.variant} / {best.variant}", ratio, ratio <= CPU, f"at most {CPU}")
     if mine.variant == "auto" and "stock/default" in rows:
         ratio = mine.time_us / rows["stock/default"].time_us
         add("auto / stock/default", ratio, ratio <= NOISE, f"at most {NOISE}")

@@ -1,12 +1,11 @@
-"""The prefill benchmark's tables and bars: stock, ours and the bound at every size."""
+"""The prefill benchmark's tables: stock, ours and the bound at every size."""
 
 from collections.abc import Mapping, Sequence
 
 from benchmarks.roles import by_size, shapes
-from benchmarks.schema import Result, Row
+from benchmarks.schema import BENCHES, Result, Row
 
 BOUND = "no_comm"
-_CPU = "cpu_us_per_layer"
 
 Rows = Mapping[str, Row]
 Cells = tuple[Sequence[str], list[Sequence[str]]]  # a head, and rows
@@ -28,9 +27,15 @@ def ours(rows: Rows) -> Row | None:
     )
 
 
-def tables(result: Result) -> list[tuple[str, Cells, Cells]]:
-    """Return for each shape its name, its times in ms with the ratios, and its CPU times in us."""
-    return [(shape, _times(result, shape), _cpu(result, shape)) for shape in shapes(result)]
+def tables(result: Result) -> list[tuple[str, Cells, dict[str, Cells]]]:
+    """Return for each shape its name, its times in ms with the ratios, and its other columns."""
+    columns = [
+        name for name in BENCHES["prefill"].columns if any(name in row.extra for row in result.rows)
+    ]
+    return [
+        (shape, _times(result, shape), {name: _column(result, shape, name) for name in columns})
+        for shape in shapes(result)
+    ]
 
 
 def _times(result: Result, shape: str) -> Cells:
@@ -50,13 +55,20 @@ def _times(result: Result, shape: str) -> Cells:
     return head, cells
 
 
-def _cpu(result: Result, shape: str) -> Cells:
+def _column(result: Result, shape: str, column: str) -> Cells:
     names, sizes = _variants(result, shape), by_size(result, shape)
+
+    def value(rows: Rows, name: str) -> str:
+        return f"{rows[name].extra[column]:.4g}" if _has(rows, name, column) else "-"
+
     cells: list[Sequence[str]] = [
-        [str(tokens), *(f"{rows[n].extra[_CPU]:.0f}" if n in rows else "-" for n in names)]
-        for tokens, rows in sizes.items()
+        [str(tokens), *(value(rows, name) for name in names)] for tokens, rows in sizes.items()
     ]
     return ("tokens", *names), cells
+
+
+def _has(rows: Rows, name: str, column: str) -> bool:
+    return name in rows and column in rows[name].extra
 
 
 def _variants(result: Result, shape: str) -> list[str]:

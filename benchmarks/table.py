@@ -76,9 +76,13 @@ def _smoke_lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
     return markdown(("tokens", "ran, with right results"), cells)
 
 
-def _prefill(shape: str, times: prefill_table.Cells, cpu: prefill_table.Cells) -> str:
-    lines = [*markdown(*times), "", "CPU time of a layer in us, until the call returns:", ""]
-    return "\n".join([f"### {shape}", "", *lines, *markdown(*cpu)])
+def _prefill(
+    shape: str, times: prefill_table.Cells, columns: Mapping[str, prefill_table.Cells]
+) -> str:
+    parts = ["\n".join(markdown(*times))]
+    for name, cells in columns.items():
+        parts += [f"`{name}`:", "\n".join(markdown(*cells))]
+    return "\n\n".join([f"### {shape}", *parts])
 
 
 def _plain(result: Result) -> list[str]:

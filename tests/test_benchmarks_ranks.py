@@ -177,7 +177,7 @@ FAULTS = {
 
 def _work(rank, link):
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    parts = {"size": _size, "grid": _grid, "ours": _ours, "smoke": _smoke}
+    parts = {"size": _size, "grid": _grid, "slow": _slow, "ours": _ours, "smoke": _smoke}
     link.send({"process": os.getpid()} | {name: part(rank, link) for name, part in parts.items()})
 
 
@@ -194,7 +194,7 @@ class _Reports:
     def __init__(self):
         self.rows, self.absent = [], {}
 
-    def phase(self, name):
+    def phase(self, name, deadline_s=None):
         pass
 
     def send(self, report):
@@ -220,6 +220,17 @@ def _grid(rank, link):
     worker.VARIANTS = _variants({"nccl+norm": None, "flashinfer": "small"})
     cases = tuple(Case(hidden, "bf16", tokens) for hidden in (8, 16) for tokens in (1, 2, 3, 4))
     return [_run_cases(rank, cases, tuple(worker.VARIANTS), 1, seconds) for seconds in (60, 0)]
+
+
+def _slow(rank, link):
+    """Measure a variant that is built for longer than the time that is given."""
+
+    def build(bench, name):
+        time.sleep(3)
+        return _Gloo(bench, name)
+
+    worker.VARIANTS = {"flashinfer": build}
+    return _run_cases(rank, (CASE,), ("flashinfer",), 2 * CASE.bytes, seconds=2.5)
 
 
 def _ours(rank, link):
@@ -303,6 +314,12 @@ def test_all_sizes_of_all_shapes_are_reported_or_named(told):
         for shape in shapes
         for tokens in (1, 2, 3, 4)
     }
+
+
+def test_kernels_that_a_rival_compiles_take_nothing_of_the_time(told):
+    rows, absent = told[0]["slow"]
+    assert [row.variant for row in rows] == ["floor", "flashinfer"]
+    assert absent == {}
 
 
 def test_our_variants_call_the_transport_rightly(told):
