@@ -24,6 +24,7 @@ _PREFILLS = (
     ("prefill-llama-3.3-70b-h200x4", replace(LLAMA_70B, layers=8), 4),
 )
 _LEAST_TOKENS, _CHUNK = 2048, 8192
+_FEW_BLOCKS = 8  # with which SMs are the limit, and not the link
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _several_gpus() -> list[Check]:
         found += [
             Check(
                 f"our kernel at TP={world_size}, "
-                + ("up to 8 blocks" if count <= model.CTAS_ALONE // 4 else "16 and 32 blocks"),
+                + ("up to 8 blocks" if count <= _FEW_BLOCKS else "16 and 32 blocks"),
                 f"{row.tokens} tokens, {row.variant}",
                 model.fused_us(setting, row.tokens, count),
                 row.time_us,

@@ -21,10 +21,8 @@ def ours(rows: Rows) -> Row | None:
     """Return the fastest of ours: what `auto` chose if it took part, else all variants count."""
     if "auto" in rows:
         return rows["auto"]
-    found = (row for row in rows.values() if not row.variant.startswith("stock/"))
-    return min(
-        (row for row in found if row.variant != BOUND), key=lambda row: row.time_us, default=None
-    )
+    found = (row for row in rows.values() if not row.variant.startswith(("stock/", BOUND)))
+    return min(found, key=lambda row: row.time_us, default=None)
 
 
 def tables(result: Result) -> list[tuple[str, Cells, dict[str, Cells]]]:

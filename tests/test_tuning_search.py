@@ -29,9 +29,7 @@ class Machine:
         prepare_s=0.0,
         load_s=0.0,
     ):
-        self._load_us = (
-            1e6 * load_s
-        )  # before anything is prepared, and each kind for the first time
+        self._load_us = 1e6 * load_s  # when the first of a kind is prepared
         self._draw = random.Random(seed)
         self._us_per_token, self._error, self._spikes = us_per_token, error, spikes
         self._spread, self._prepare_us = spread, 1e6 * prepare_s
