@@ -168,17 +168,14 @@ def around_forward(
 def around_can_run_graph(original: Any, runner: Any, forward_batch: Any) -> bool:
     """Keep batches that are planned otherwise away from the stock graph (AROUND hook)."""
     runtime = state.runtime
-    if runtime is not None and runtime.has_graph(forward_batch):
-        return True  # one of ours: see around_execute
-    if runtime is not None and runtime.exceeds_stock_graph(forward_batch):
-        return False
-    return bool(original(runner, forward_batch))
+    decided = None if runtime is None else runtime.overrides_stock_graph(forward_batch)
+    return bool(original(runner, forward_batch)) if decided is None else decided
 
 
 def around_execute(original: Any, runner: Any, forward_batch: Any, **kwargs: Any) -> Any:
     """Replay a graph of the weave in place of a stock one (AROUND hook on `execute`)."""
     runtime = state.runtime
-    if runtime is None or not runtime.has_graph(forward_batch):
+    if runtime is None or not runtime.overrides_stock_graph(forward_batch):
         return original(runner, forward_batch, **kwargs)
     model, batch = runner.model_runner.model, forward_batch
     return runtime.replay(lambda: model.forward(batch.input_ids, batch.positions, batch, **kwargs))

@@ -176,18 +176,22 @@ class Runtime:
         self.kinds_in_graphs[mode, num_tokens] = plan.kind
         return plan
 
-    def exceeds_stock_graph(self, batch: Any) -> bool:
-        """Whether SGLang's own graph of a batch's size does less than is planned."""
-        planned = self._plan_or_none(batch)
-        if planned is None or planned[1].kind is Kind.OFF:
-            return False
-        shape, plan = planned
-        return plan.kind is not self.kind_in_graph(shape.mode, shape.num_tokens)
+    def overrides_stock_graph(self, batch: Any) -> bool | None:
+        """Return whether a batch has a graph in spite of what SGLang says; None: it may decide.
 
-    def has_graph(self, batch: Any) -> bool:
-        """Whether a graph of the weave is planned to run a batch."""
-        planned = self._plan_or_none(batch)
-        return planned is not None and planned[1].graph_tokens > 0
+        True: one of the weave. False: none, since SGLang's own of this size does less than planned.
+        """
+        try:
+            planned = self.plan(batch)
+        except UnsplittableError:
+            return None
+        if planned is None or planned[1].kind is Kind.OFF:
+            return None
+        shape, plan = planned
+        if plan.graph_tokens:
+            return True
+        is_the_same = plan.kind is self.kind_in_graph(shape.mode, shape.num_tokens)
+        return None if is_the_same else False
 
     def replay(self, forward: Callable[[], Any]) -> Any:
         """Call SGLang's `forward` of a batch with a graph; attention is prepared inside of that.
@@ -199,12 +203,6 @@ class Runtime:
             return forward()
         finally:
             self._owes_metadata = False
-
-    def _plan_or_none(self, batch: Any) -> tuple[BatchShape, Plan] | None:
-        try:
-            return self.plan(batch)
-        except UnsplittableError:
-            return None
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
         """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""

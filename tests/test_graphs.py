@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sglang_tokenweave import seams
 from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
-from sglang_tokenweave.plan import Kind, Plan
+from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan
+from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.split import cut_batch, cut_requests
 from sglang_tokenweave.transport import SymmetricBuffer
 
@@ -87,6 +88,25 @@ def test_the_halves_are_those_of_the_batch_and_nothing_is_left_of_the_one_before
         assert torch.equal(taken, part.req_pool_indices)
         assert half.batch.seq_lens_cpu.max() == 100  # so that tables are filled for any request
         assert half.batch.batch_size == REQUEST_SLOTS
+
+
+@pytest.mark.parametrize(
+    ("plan", "in_stock_graph", "overrides"),
+    [
+        (PLAN, Kind.OFF, True),
+        (Plan(Kind.WEAVE, CUT, 0, 4), Kind.OFF, False),
+        (Plan(Kind.FUSE, fuse_ctas=4), Kind.OFF, False),
+        (Plan(Kind.FUSE, fuse_ctas=4), Kind.FUSE, None),
+        (Plan(Kind.OFF), Kind.OFF, None),
+        (Plan(Kind.OFF), Kind.FUSE, None),
+    ],
+)
+def test_which_graph_a_batch_may_have(plan, in_stock_graph, overrides):
+    runtime = SimpleNamespace(
+        plan=lambda batch: (BatchShape(Mode.PREFILL, (SIZE,)), plan),
+        kind_in_graph=lambda mode, num_tokens: in_stock_graph,
+    )
+    assert Runtime.overrides_stock_graph(runtime, batch=None) is overrides
 
 
 def is_padded(static, rows):
