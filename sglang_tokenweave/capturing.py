@@ -80,8 +80,8 @@ def capture_again(graphs: StockGraphs, sizes: Sequence[int]) -> None:
         raise
 
 
-def capture_fused(model_runner: Any, runtime: Runtime) -> None:
-    """Capture those of SGLang's own graphs again that a new table puts the fused op in, or out of.
+def capture_planned(model_runner: Any, runtime: Runtime) -> None:
+    """Capture those of SGLang's own graphs again that a new table has something to do in.
 
     A collective call.
 
@@ -89,7 +89,7 @@ def capture_fused(model_runner: Any, runtime: Runtime) -> None:
         DisagreementError: as of `capture_again`.
     """
     for graphs in stock_graphs.find(model_runner, runtime):
-        sizes = graphs.fused()
+        sizes = graphs.planned()
         if sizes:
             capture_again(graphs, sizes)
 

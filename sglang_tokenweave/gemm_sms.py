@@ -7,9 +7,16 @@ another grid, or another kernel.
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+
+def beside(ctas: int, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context to capture GEMMs in that run beside so many CTAs of communication."""
+    if ctas == 0 or device.type != "cuda":
+        return nullcontext()
+    return for_gemms(torch.cuda.get_device_properties(device).multi_processor_count - ctas)
 
 
 @contextmanager

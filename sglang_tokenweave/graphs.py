@@ -8,15 +8,13 @@ padded at its end. What differs between two batches of a size is read from memor
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from sglang_tokenweave import seams
-from sglang_tokenweave.gemm_sms import for_gemms
+from sglang_tokenweave import gemm_sms, seams
 from sglang_tokenweave.plan import GraphShape, Kind, Plan
 from sglang_tokenweave.split import Requests
 from sglang_tokenweave.transport import SymmetricBuffer, Transport
@@ -92,7 +90,7 @@ class WovenGraphs:
         self, num_tokens: int, plan: Plan, pool: Any, stream: torch.cuda.Stream
     ) -> _WovenGraph:
         halves = self._halves(num_tokens, plan.cut)
-        with self._left_sms(plan):
+        with gemm_sms.beside(plan.ctas, self._buffer.tensor.device):
             return _WovenGraph(self._record(halves, plan, pool, stream), halves)
 
     def _record(
@@ -108,13 +106,6 @@ class WovenGraphs:
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             self._run(halves, plan)
         return graph
-
-    def _left_sms(self, plan: Plan) -> AbstractContextManager[None]:
-        """Return a context in which GEMMs count on the SMs that the communication leaves them."""
-        if plan.ctas == 0:
-            return nullcontext()
-        device = torch.cuda.get_device_properties(self._buffer.tensor.device)
-        return for_gemms(device.multi_processor_count - plan.ctas)
 
     def _halves(self, num_tokens: int, cut: int) -> tuple[Half, Half]:
         one = slice(0, 1)

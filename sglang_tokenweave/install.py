@@ -125,7 +125,10 @@ def after_init_attention_backends(result: None, model_runner: Any) -> None:
         _decline((reason,))
         return
     backends = [seams.new_attention_backend(model_runner) for _ in range(2)]
-    runtime.activate((backends[0], backends[1]))
+    is_captured = all(refusals.graph_reason(name) is None for name in names)
+    runtime.activate(
+        (backends[0], backends[1]), cuts_captured_decodes=is_captured and len(names) == 1
+    )
     _announce(runtime)
 
 
@@ -273,9 +276,9 @@ def _measure(model_runner: Any, runtime: Runtime) -> None:
 def _capture(model_runner: Any, runtime: Runtime, *, has_new_table: bool) -> None:
     if has_new_table:
         try:
-            capturing.capture_fused(model_runner, runtime)
+            capturing.capture_planned(model_runner, runtime)
         except DisagreementError as error:
-            state.notes += (f"the fused op in SGLang's CUDA graphs ({error})",)
+            state.notes += (f"the table in SGLang's CUDA graphs ({error})",)
     problem = capturing.why_not(model_runner, runtime)
     if problem is None:
         try:

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from sglang_tokenweave import architectures, pipeline, seams, weave
+from sglang_tokenweave import (
+    architectures,
+    captured_decode,
+    gemm_sms,
+    pipeline,
+    seams,
+    weave,
+)
 from sglang_tokenweave.agreement import Group, compare
 from sglang_tokenweave.architectures import Architecture
 from sglang_tokenweave.graphs import WovenGraphs
@@ -34,9 +41,11 @@ from sglang_tokenweave.split import (
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 from sglang_tokenweave.waves import LayerShape
-from sglang_tokenweave.weave import Half, Stage
+from sglang_tokenweave.weave import Context, Half, Stage
 
 logger = logging.getLogger(__name__)
+
+_Part = tuple[Any, Context]  # a ForwardBatch, and SGLang's forward context of it
 
 # GEMMs take steps of so many rows: a first half that ends between two pays for the next one.
 _GRAPH_ROWS = 128
@@ -77,13 +86,15 @@ class Runtime:
         self.runs_stock = False  # the batch under way, whatever the table says: it is compared
         self.is_active = False  # until the attention backends of the halves exist
         self.graphs: WovenGraphs | None = None
+        self.cuts_captured_decodes = False  # SGLang's decode graphs can hold two halves
         self.kinds_in_graphs: dict[tuple[Mode, int], Kind] = {}  # in SGLang's own, by tokens
         self._backends: tuple[Any, ...] = ()
         self._owes_metadata = False  # attention's of the batch under way, should it run stock
 
-    def activate(self, backends: tuple[Any, Any]) -> None:
+    def activate(self, backends: tuple[Any, Any], *, cuts_captured_decodes: bool) -> None:
         """Start weaving with an attention backend for each half."""
         self._backends = backends
+        self.cuts_captured_decodes = cuts_captured_decodes
         self.is_active = True
 
     def sizes_to_capture(self, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -130,16 +141,19 @@ class Runtime:
 
         def stock() -> Any:
             if self._owes_metadata:
-                seams.plan_attention(forward_batch)
+                seams.attention_backend().init_forward_metadata(forward_batch)
             return self.model.original(
                 input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
             )
 
         if seams.graph_owns_forward():
-            plan = self._plan_in_graph(forward_batch, input_ids.shape[0])
-            if plan.kind is Kind.OFF or input_embeds is not None:
+            plan, parts = self._decide_in_graph(forward_batch, input_embeds)
+            if plan.kind is Kind.OFF:
                 return stock()
-            return self._finish(forward_batch, self._run(forward_batch, (forward_batch,), plan))
+            with gemm_sms.beside(plan.ctas, self.buffer.tensor.device):
+                halves = self._halves(None, parts)
+                self.weave(halves, plan)
+            return self._finish(forward_batch, halves)
         decided = self._decide(forward_batch, input_embeds)
         if self._checked is not None:
             # A rank that went its own way would wait for the others, and they for it.
@@ -166,15 +180,35 @@ class Runtime:
         # The buffer is written again by the next batch; captured states outlive this one.
         return output.clone() if batch.capture_hidden_mode.need_capture() else output
 
-    def _plan_in_graph(self, batch: Any, num_tokens: int) -> Plan:
-        """Plan what SGLang captures in a graph of its own: there a batch cannot be cut."""
-        mode = _mode_of(batch)
-        is_ours = self.is_active and self.model.place.is_whole
-        if mode is None or not is_ours or num_tokens > self.buffer.capacity:
+    def plan_in_graph(self, mode: Mode, num_tokens: int) -> Plan:
+        """Plan what SGLang captures in a graph of its own; only decodes can be cut there."""
+        if num_tokens > self.buffer.capacity:
             return Plan(Kind.OFF)
-        plan = plan_unsplit(mode, num_tokens, self.table)
+        if mode is Mode.DECODE and self.cuts_captured_decodes:
+            shape = BatchShape(mode, (1,) * num_tokens)
+            return plan_batch(shape, self.table, self.model.layer, self.model.num_sms)
+        return plan_unsplit(mode, num_tokens, self.table)
+
+    def _decide_in_graph(
+        self, batch: Any, input_embeds: torch.Tensor | None
+    ) -> tuple[Plan, tuple[_Part, ...]]:
+        """Return what to do with a batch that SGLang captures, and its parts."""
+        mode, num_tokens = _mode_of(batch), batch.input_ids.shape[0]
+        is_ours = self.is_active and self.model.place.is_whole and input_embeds is None
+        if mode is None or not is_ours:
+            return Plan(Kind.OFF), ()
+        plan = self.plan_in_graph(mode, num_tokens)
+        parts: tuple[_Part, ...] = ((batch, nullcontext),)
+        if plan.kind is Kind.WEAVE and seams.graph_is_in_pieces():
+            plan = plan_unsplit(mode, num_tokens, self.table)
+        elif plan.kind is Kind.WEAVE:
+            try:
+                parts = captured_decode.cut(batch, plan.cut)
+            except UnsplittableError as error:
+                self._fall_back(str(error))
+                plan = plan_unsplit(mode, num_tokens, self.table)
         self.kinds_in_graphs[mode, num_tokens] = plan.kind
-        return plan
+        return plan, parts
 
     def overrides_stock_graph(self, batch: Any) -> bool | None:
         """Return whether a batch has a graph in spite of what SGLang says; None: it may decide.
@@ -205,7 +239,7 @@ class Runtime:
             self._owes_metadata = False
 
     def kind_in_graph(self, mode: Mode, num_tokens: int) -> Kind:
-        """Return what SGLang's own graph does with a batch of a size: OFF or FUSE."""
+        """Return what SGLang's own graph does with a batch of a size."""
         sizes = [size for of, size in self.kinds_in_graphs if of is mode and size >= num_tokens]
         return self.kinds_in_graphs[mode, min(sizes)] if sizes else Kind.OFF
 
@@ -264,7 +298,7 @@ class Runtime:
         if handed_over is not None:  # normalised in place, on some devices
             normalised, residual = self.model.first_norm(*handed_over)
             self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
-        halves = self._halves(residual, parts)
+        halves = self._halves(residual, self._prepared(parts))
         self.weave(halves, plan)
         return halves
 
@@ -276,21 +310,28 @@ class Runtime:
         ):
             weave.run(self.model.stages, halves, plan, self.transport)
 
-    def _halves(self, residual: torch.Tensor | None, parts: tuple[Any, ...]) -> tuple[Half, ...]:
+    def _prepared(self, parts: tuple[Any, ...]) -> tuple[_Part, ...]:
+        """Let an attention backend prepare for each part of a batch; SGLang did for a whole one."""
+        if len(parts) == 1:
+            return ((parts[0], nullcontext),)
+        prepared = []
+        for part, backend in zip(parts, self._backends, strict=True):
+            backend.init_forward_metadata(part)
+            prepared.append((part, partial(seams.attention_context, backend, part)))
+        return tuple(prepared)
+
+    def _halves(self, residual: torch.Tensor | None, parts: tuple[_Part, ...]) -> tuple[Half, ...]:
         halves = []
         start = 0
-        backends = self._backends if len(parts) > 1 else (None,)
-        for part, backend in zip(parts, backends, strict=True):
+        for part, context in parts:
             slot = self.buffer.slot(start, start + part.input_ids.shape[0])
             rows = None if residual is None else residual[start:]
-            halves.append(self._half(slot, rows, part, backend))
+            halves.append(self._half(slot, rows, part, context))
             start += slot.num_tokens
         return tuple(halves)
 
-    def _half(self, slot: Slot, residual: torch.Tensor | None, part: Any, backend: Any) -> Half:
+    def _half(self, slot: Slot, residual: torch.Tensor | None, part: Any, context: Context) -> Half:
         owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
-        if backend is not None:
-            backend.init_forward_metadata(part)
         return Half(
             slot=slot,
             residual=slot.tensor.new_empty(owned.stop - owned.start, slot.tensor.shape[1])
@@ -298,7 +339,7 @@ class Runtime:
             else residual[owned].clone(),
             positions=part.positions,
             batch=part,
-            context=partial(seams.attention_context, backend, part) if backend else nullcontext,
+            context=context,
         )
 
 

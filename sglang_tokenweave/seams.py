@@ -146,10 +146,10 @@ def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **valu
     return batch
 
 
-def plan_attention(batch: Any) -> None:
-    """Let the attention backend of the forward pass under way prepare for a batch."""
+def attention_backend() -> Any:
+    """Return the attention backend of the forward pass under way."""
     module, _ = _forward_context()
-    module.get_attn_backend().init_forward_metadata(batch)
+    return module.get_attn_backend()
 
 
 def forward_context(model_runner: Any) -> Any:
@@ -192,31 +192,47 @@ def has_sliding_window_cache(model_runner: Any) -> bool:
 
 def captured_attention_backend(model_runner: Any) -> Any:
     """Create an attention backend whose calls are captured in CUDA graphs."""
-    backend = new_attention_backend(model_runner)
-    if hasattr(backend, "num_splits"):
-        # FA3 would split the keys by the longest request there can be, not by those there are:
-        # twice as slow where heads are few.
-        backend.num_splits = 1
+    return without_splits_of_keys(new_attention_backend(model_runner))
+
+
+def without_splits_of_keys(backend: Any) -> Any:
+    """Return a backend for captures that works on all keys of a request at once.
+
+    FA3 would split them by the longest request there can be, not by those there are: twice as slow
+    where heads are few.
+    """
+    for name in ("num_splits", "decode_num_splits"):  # the second from 0.5.23
+        if hasattr(backend, name):
+            setattr(backend, name, 1)
     return backend
 
 
 def graph_owns_forward() -> bool:
     """Whether a CUDA graph is being captured or a prefill graph runner drives this call.
 
-    There attention takes its batch from the runner and not from us, so nothing may be split.
+    There a prefill's attention takes its batch from the runner and not from us: it may not be cut.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return True
-    return any(probe() for probe in _graph_probes())
+    return any(probe() for probe in _probes(*_CAPTURES, *_GRAPHS_IN_PIECES))
+
+
+def graph_is_in_pieces() -> bool:
+    """Whether what is captured or replayed now is a graph between two calls of attention, or so."""
+    return any(probe() for probe in _probes(*_GRAPHS_IN_PIECES))
+
+
+_CAPTURES = (
+    "model_executor.runner_utils.capture_mode:get_is_capture_mode",  # its warm-ups too
+    "model_executor.runner_utils.prefill_graph:is_in_prefill_graph_scope",  # from 0.5.23
+)
+_BACKENDS = "model_executor.runner_backend_utils."
+_GRAPHS_IN_PIECES = (
+    _BACKENDS + "breakable_cuda_graph.context:is_in_breakable_cuda_graph",
+    _BACKENDS + "tc_piecewise_cuda_graph.context_manager:get_tc_piecewise_forward_context",
+)
 
 
 @cache
-def _graph_probes() -> tuple[Callable[[], Any], ...]:
-    backends = "model_executor.runner_backend_utils."
-    paths = (
-        "model_executor.runner_utils.capture_mode:get_is_capture_mode",  # its warm-ups too
-        backends + "breakable_cuda_graph.context:is_in_breakable_cuda_graph",
-        backends + "tc_piecewise_cuda_graph.context_manager:get_tc_piecewise_forward_context",
-        "model_executor.runner_utils.prefill_graph:is_in_prefill_graph_scope",  # from 0.5.23
-    )
+def _probes(*paths: str) -> tuple[Callable[[], Any], ...]:
     return tuple(_resolve(path) for path in paths if _probe_object(path) is None)

@@ -168,6 +168,12 @@ def cut_batch(batch: Any, cut: int) -> tuple[Any, Any]:
     return _part(batch, first), _part(batch, second)
 
 
+def cut_unchecked(batch: Any, cut: int) -> tuple[tuple[Any, slice], ...]:
+    """Return the parts of a batch that SGLang made for itself, and the requests of each."""
+    parts = spans(lengths_of(batch), cut)
+    return tuple((_part(batch, span), span.requests) for span in parts)
+
+
 def cut_requests(batch: Any, cut: int) -> tuple[Requests, Requests]:
     """Return the requests of the first `cut` tokens of a prefill batch and those of the rest.
 

@@ -1,7 +1,7 @@
 """SGLang's own CUDA graphs, captured again with what is planned now.
 
-The fused op runs inside them, where a batch cannot be cut. They are captured before a table is
-measured, so what the table changes for their sizes takes another capture.
+The fused op runs inside them, and woven decodes do. They are captured before a table is measured,
+so what the table changes for their sizes takes another capture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_tokenweave import seams
-from sglang_tokenweave.plan import Kind, Mode, plan_unsplit
+from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.runtime import Runtime
 
 
@@ -68,14 +68,14 @@ class StockGraphs:
             setattr(self.runner.backend, name, dict(graphs))
         self.runtime.kinds_in_graphs = dict(taken.kinds)
 
-    def fused(self) -> tuple[int, ...]:
-        """Return the sizes whose graphs have the fused op, or would by the runtime's table."""
+    def planned(self) -> tuple[int, ...]:
+        """Return the sizes whose graphs are not stock, or would not be by the runtime's table."""
 
-        def is_fused(size: int) -> bool:
-            planned = plan_unsplit(self.mode, size, self.runtime.table).kind
-            return Kind.FUSE in (planned, self.runtime.kind_in_graph(self.mode, size))
+        def kinds(size: int) -> set[Kind]:
+            planned = self.runtime.plan_in_graph(self.mode, size).kind
+            return {planned, self.runtime.kind_in_graph(self.mode, size)}
 
-        return tuple(size for size in self.sizes if is_fused(size))
+        return tuple(size for size in self.sizes if kinds(size) != {Kind.OFF})
 
 
 def find(model_runner: Any, runtime: Runtime) -> tuple[StockGraphs, ...]:

@@ -10,6 +10,9 @@ import torch
 from sglang_tokenweave.plan import Kind, Plan
 from sglang_tokenweave.transport import Pending, Slot, Transport
 
+# Returns SGLang's forward context of one half.
+Context = Callable[[], AbstractContextManager[None]]
+
 
 @dataclass
 class Half:
@@ -19,7 +22,7 @@ class Half:
     residual: torch.Tensor  # [rows this rank owns, hidden_size]
     positions: torch.Tensor  # [num_tokens]
     batch: Any  # SGLang's ForwardBatch of these tokens
-    context: Callable[[], AbstractContextManager[None]]  # SGLang's forward context of this half
+    context: Context
     pending: Pending | None = None
     prepare: Callable[[], None] | None = None  # for attention, once the embedding is looked up
 

@@ -15,14 +15,16 @@ from server import VERSIONS, overlay
 
 from sglang_tokenweave import capturing, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError
-from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable, plan_unsplit
+from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
 from sglang_tokenweave.tuning.table import OFF, Candidate
+from sglang_tokenweave.waves import GemmShape, LayerShape
 
 FUSE_8, FUSE_16 = (Candidate(Kind.FUSE, fuse_ctas=ctas) for ctas in (8, 16))
 WEAVE = Candidate(Kind.WEAVE, ctas=8, fuse_ctas=16)
 NOTHING = PlanTable(())
+LAYER = LayerShape((GemmShape("g", n=1024, k=1024),))
 
 
 def is_capturing():
@@ -35,6 +37,7 @@ class OurRuntime(SimpleNamespace):
     """The part of a Runtime that knows what is in SGLang's graphs."""
 
     kind_in_graph = Runtime.kind_in_graph
+    plan_in_graph = Runtime.plan_in_graph
 
     def __init__(self, group=None):
         place = SimpleNamespace(group=SimpleNamespace(cpu_group=group), is_whole=True)
@@ -43,7 +46,9 @@ class OurRuntime(SimpleNamespace):
             graphs=None,
             stats=None,
             kinds_in_graphs={},
-            model=SimpleNamespace(place=place),
+            cuts_captured_decodes=True,
+            buffer=SimpleNamespace(capacity=512),
+            model=SimpleNamespace(place=place, layer=LAYER, num_sms=132),
         )
 
 
@@ -61,7 +66,7 @@ class Runner:
     def capture(self):
         self.said_so = is_capturing()
         for size in reversed(getattr(self, self.sizes_name)):
-            plan = plan_unsplit(self.mode, size, self.runtime.table)
+            plan = self.runtime.plan_in_graph(self.mode, size)
             self.runtime.kinds_in_graphs[self.mode, size] = plan.kind
             if size == self.fails_at:
                 raise MemoryError("no memory left")
@@ -132,7 +137,7 @@ def test_a_new_table_renews_the_graphs_that_it_puts_the_op_in_or_out_of():
         runtime.model.place.group.cpu_group = group
         model_runner = server(runtime, fuse_from(128, ctas=8))
         runtime.table = fuse_from(512, ctas=32)
-        capturing.capture_fused(model_runner, runtime)
+        capturing.capture_planned(model_runner, runtime)
         return model_runner.prefill_cuda_graph_runner.backend.graphs
 
     (graphs,) = World(1).run(renew)
@@ -148,7 +153,7 @@ def test_if_one_rank_cannot_capture_all_keep_the_graphs_that_they_had():
         prefill.runner.fails_at = 64 if group.rank == 1 else None
         runtime.table = fuse_from(1)
         with pytest.raises(DisagreementError, match=r"rank 1: .*no memory left"):
-            capturing.capture_fused(model_runner, runtime)
+            capturing.capture_planned(model_runner, runtime)
         return set(prefill.runner.backend.graphs.values()), set(runtime.kinds_in_graphs.values())
 
     assert World(2).run(renew) == 2 * [({(Kind.OFF, 0)}, {Kind.OFF})]
@@ -173,6 +178,8 @@ def test_each_candidate_is_timed_in_the_graph_that_it_would_have(monkeypatch):
             seen.append((prefill.graphs[128], runtime.graphs))
         timer._bring_about(FUSE_16, Mode.DECODE, 4)
         assert decode.graphs[4] == (Kind.FUSE, 16)
+        timer._bring_about(WEAVE, Mode.DECODE, 4)
+        assert decode.graphs[4] == (Kind.WEAVE, 16)
         timer._bring_about(FUSE_16, Mode.DECODE, 5)  # there is no such graph: launch by launch
         return seen
 

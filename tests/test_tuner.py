@@ -127,7 +127,7 @@ def test_only_force_writes_to_the_named_file(path):
 def test_what_may_be_tried_depends_on_who_moves_the_bytes():
     def tried(transport, *, has_copy_engines=False, **options):
         key = replace(KEY, transport=transport)
-        here = {"has_copy_engines": has_copy_engines, "largest_decode_graph": 0}
+        here = {"has_copy_engines": has_copy_engines, "smallest_woven_decode": 2}
         found = tuner.space(config(**options), key, **here)
         return found.ctas, found.fuse_ctas
 
@@ -135,6 +135,16 @@ def test_what_may_be_tried_depends_on_who_moves_the_bytes():
     assert tried("multicast") == ((4, 8, 16), (8, 16, 32))
     assert tried("reference") == ((8,), (16,))
     assert tried("peer", ctas=12, fuse_ctas=24) == ((4, 8, 12, 16), (8, 16, 24, 32))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cuts", "smallest"),
+    [((), True, 2), ((1, 2, 512), True, 256), ((1, 2, 512), False, 513), ((), False, 2)],
+)
+def test_decodes_are_woven_where_graphs_do_not_forbid_it(sizes, cuts, smallest):
+    model_runner = SimpleNamespace(decode_cuda_graph_runner=SimpleNamespace(capture_bs=sizes))
+    runtime = SimpleNamespace(cuts_captured_decodes=cuts)
+    assert tuner._smallest_woven_decode(model_runner, runtime) == smallest
 
 
 def test_sizes_are_what_the_server_can_batch():

@@ -175,8 +175,8 @@ def test_all_ranks_run_the_same():
 def test_candidates_fit_the_batch_and_the_gpu():
     assert SPACE.candidates(Mode.DECODE, 1) == SPACE.candidates(Mode.PREFILL, 1)
     assert {each.kind for each in SPACE.candidates(Mode.DECODE, 1)} == {Kind.OFF, Kind.FUSE}
-    graphs = replace(SPACE, largest_decode_graph=256)
-    kinds = [{each.kind for each in graphs.candidates(Mode.DECODE, n)} for n in (256, 257)]
+    graphs = replace(SPACE, smallest_woven_decode=256)
+    kinds = [{each.kind for each in graphs.candidates(Mode.DECODE, n)} for n in (255, 256)]
     assert kinds == [{Kind.OFF, Kind.FUSE}, {Kind.OFF, Kind.FUSE, Kind.WEAVE}]
     decode = SPACE.candidates(Mode.DECODE, 4096)
     assert {each.cut_offset for each in decode} == {0}

@@ -1,8 +1,8 @@
 """Time candidates on the loaded model: whole forward passes, as SGLang will run them.
 
 OFF is whatever stock SGLang does with such a batch, its graphs included; a candidate is what the
-real Runtime does with it, in the graph that it would have: FUSE in SGLang's own, WEAVE in one of
-its own. A time is that of the slowest rank, and so is the clock: all ranks see
+real Runtime does with it, in the graph that it would have: WEAVE of a prefill in one of its own,
+all else in SGLang's. A time is that of the slowest rank, and so is the clock: all ranks see
 the same numbers, so that a search that decides by them does the same on all of them.
 """
 
@@ -89,9 +89,9 @@ class Meter:
             self._captured_size, self._woven, self._unsplit = (mode, tokens), {}, {}
         self._runtime.table = _always(mode, candidate)
         self._runtime.graphs = None
-        if candidate.kind is not Kind.WEAVE:
+        if mode is Mode.DECODE or candidate.kind is not Kind.WEAVE:
             self._use_stock_graph(candidate, mode, tokens)
-        elif mode is not Mode.DECODE:
+        else:
             self._runtime.graphs = self._woven_graph(candidate, tokens)
 
     def _woven_graph(self, candidate: Candidate, tokens: int) -> WovenGraphs | None:
@@ -112,7 +112,7 @@ class Meter:
             return
         if candidate not in self._unsplit:
             graphs.put_back(self._as_loaded[mode])
-            if Kind.FUSE in (candidate.kind, self._runtime.kind_in_graph(mode, size)):
+            if {candidate.kind, self._runtime.kind_in_graph(mode, size)} != {Kind.OFF}:
                 try:
                     capturing.capture_again(graphs, (size,))
                 except DisagreementError as error:

@@ -35,8 +35,7 @@ class Space:
     sms: int
     ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
     fuse_ctas: tuple[int, ...]  # of the op alone
-    # A woven decode is launched one by one, which cannot beat a graph.
-    largest_decode_graph: int = 0  # of SGLang's, in requests
+    smallest_woven_decode: int = 2  # requests
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`, OFF first."""
@@ -49,8 +48,8 @@ class Space:
             # A half shorter than a quarter hides nothing; requests of one token are cut anywhere.
             if offset == 0 or (mode is Mode.PREFILL and num_tokens >= 4 * abs(offset))
         ]
-        smallest = self.largest_decode_graph + 1 if mode is Mode.DECODE else 1
-        return [OFF, *fuses, *(weaves if num_tokens >= max(2, smallest) else [])]
+        smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
+        return [OFF, *fuses, *(weaves if num_tokens >= smallest else [])]
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:

@@ -21,6 +21,9 @@ from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table
 
 logger = logging.getLogger(__name__)
 SMALLEST_PREFILL = 64  # tokens; below, stock has the better kernels for everything
+# Requests. Reading the weights takes as long as computing with some 200 rows, so each of two halves
+# with fewer would take as long as the whole.
+_SMALLEST_CAPTURED = 256
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -102,7 +105,7 @@ def measure(
         config,
         key,
         has_copy_engines=runtime.transport.has_copy_engines,
-        largest_decode_graph=max(seams.decode_graph_sizes(model_runner), default=0),
+        smallest_woven_decode=_smallest_woven_decode(model_runner, runtime),
     )
     found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
     for bucket in found:
@@ -128,14 +131,21 @@ def measure(
 
 
 def space(
-    config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool, largest_decode_graph: int
+    config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool, smallest_woven_decode: int
 ) -> Space:
     """Return what may be tried: several numbers of CTAs only where the op occupies them."""
     ctas, fuse_ctas = {config.ctas}, {config.fuse_ctas}
     if key.transport != "reference":
         ctas |= {4, 8, 16, *([0] if has_copy_engines else [])}
         fuse_ctas |= {8, 16, 32}
-    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)), largest_decode_graph)
+    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)), smallest_woven_decode)
+
+
+def _smallest_woven_decode(model_runner: Any, runtime: Runtime) -> int:
+    largest_graph = max(seams.decode_graph_sizes(model_runner), default=0)
+    if largest_graph and runtime.cuts_captured_decodes:
+        return _SMALLEST_CAPTURED
+    return max(2, largest_graph + 1)  # launches one by one cannot beat a graph
 
 
 def _read_given(path: Path, group: Group) -> Table:
