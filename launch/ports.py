@@ -6,17 +6,17 @@ from collections.abc import Collection
 
 HOST = "127.0.0.1"
 BLOCK = 16  # SGLang counts up from --dist-init-addr
+# Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
+BASES = range(20000, 32000, BLOCK)
 
 
 def free_block(taken: Collection[int] = ()) -> int | None:
-    """Return a port that is free with its next 15; None: no such block is.
-
-    Below the ephemeral ports (32768 up), so that no outgoing connection takes one meanwhile.
+    """Return a port of BASES that is free with its next 15; None: no such block is.
 
     Args:
         taken: first ports of blocks that belong to servers which have not bound them yet.
     """
-    for base in random.Random().sample(range(20000, 32000, BLOCK), 200):
+    for base in random.Random().sample(BASES, len(BASES)):
         if base not in taken and all(map(is_free, range(base, base + BLOCK))):
             return base
     return None

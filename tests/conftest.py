@@ -39,13 +39,27 @@ def pythonpath(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list
 
 
 @pytest.fixture(scope="session")
+def stock_llama(model: Callable[[str], Path]) -> tuple[workloads.Answers, faults.Undisturbed]:
+    """Return what a stock server answers to all workloads, and to the questions of faults.py."""
+    with Server(model("llama"), launcher="stock") as server:
+        answers = {workload: workloads.run(server, workload) for workload in workloads.WORKLOADS}
+        outcomes = [faults.ask(server, question) for question in (*faults.LONG, faults.SHORT)]
+    assert not faults.errors(outcomes)
+    return answers, {outcome.question: outcome.tokens for outcome in outcomes}
+
+
+@pytest.fixture(scope="session")
 def stock(
-    model: Callable[[str], Path], pythonpath: Callable[[str], list[Path]]
-) -> Callable[..., workloads.Answers]:
+    model: Callable[[str], Path],
+    pythonpath: Callable[[str], list[Path]],
+    request: pytest.FixtureRequest,
+) -> Callable[[str, Iterable[str]], workloads.Answers]:
     """Return a function to a stock server's answers at TP=2, by architecture and workloads."""
     known: dict[str, workloads.Answers] = {}
 
-    def answers(name: str, of: Iterable[str] = tuple(workloads.WORKLOADS)) -> workloads.Answers:
+    def answers(name: str, of: Iterable[str]) -> workloads.Answers:
+        if name == "llama":  # for many tests, so of all workloads at once
+            return request.getfixturevalue("stock_llama")[0]
         found = known.setdefault(name, {})
         missing = [workload for workload in of if workload not in found]
         if missing:
@@ -57,12 +71,11 @@ def stock(
 
 
 @pytest.fixture(scope="session")
-def undisturbed(model: Callable[[str], Path]) -> faults.Undisturbed:
+def undisturbed(
+    stock_llama: tuple[workloads.Answers, faults.Undisturbed],
+) -> faults.Undisturbed:
     """Return what a stock server answers to the questions of tests/faults.py."""
-    with Server(model("llama"), launcher="stock") as server:
-        outcomes = [faults.ask(server, question) for question in (*faults.LONG, faults.SHORT)]
-    assert not faults.errors(outcomes)
-    return {outcome.question: outcome.tokens for outcome in outcomes}
+    return stock_llama[1]
 
 
 @pytest.fixture
@@ -71,6 +84,12 @@ def fault(request: pytest.FixtureRequest) -> Iterator[faults.Fault]:
     found = faults.Fault(*request.node.get_closest_marker("fault").args)
     yield found
     request.node.user_properties.append(("fault", json.dumps(asdict(found))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that start servers, the longest: at the end two workers share evenly."""
+    first = {item.path for item in items if item.get_closest_marker("server")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.hookimpl(wrapper=True)

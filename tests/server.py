@@ -364,8 +364,11 @@ def _session() -> requests.Session:
 
 
 def _free_port() -> int:
-    # A server that is starting has not bound its ports yet.
-    base = ports.free_block({server.port for server in Server.running})
+    # A server that is starting has not bound its ports yet, here or in another worker of pytest.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    others = {base for base in ports.BASES if base // ports.BLOCK % workers != worker}
+    base = ports.free_block(others | {server.port for server in Server.running})
     if base is None:
-        raise AssertionError("no 16 free ports in a row between 20000 and 32000")
+        raise AssertionError(f"no {ports.BLOCK} free ports in a row in {ports.BASES}")
     return base

@@ -117,7 +117,7 @@ def test_bench_serving(server: Server, model: Callable[[str], Path], tmp_path: P
 def test_engine(
     model: Callable[[str], Path], stock: Callable[..., Answers], tmp_path: Path
 ) -> None:
-    expected = stock("llama")["long_prompt"]
+    expected = stock("llama", ["long_prompt"])["long_prompt"]
     script = tmp_path / "offline.py"
     script.write_text(ENGINE)
     prompts = [workloads.token_ids(seed, 480) for seed in (1, 2)]

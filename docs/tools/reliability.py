@@ -129,7 +129,7 @@ def section(data: dict[str, Any]) -> str:
 
 def existing_tests() -> set[str]:
     """Return the names of these tests as pytest collects them now."""
-    return compatibility.existing_tests(TESTS)
+    return compatibility.existing_tests(TESTS, THOROUGH)
 
 
 def main(argv: list[str]) -> None:
