@@ -31,5 +31,5 @@ sources=(cuda/*.cu cuda/*.cuh tests/host/*.h tests/host/*.cuh tests/host/*.cpp)
 if ((${#sources[@]})); then $bin/clang-format --dry-run --Werror "${sources[@]}"; fi
 say "tests"
 # Two at a time, but those of a file one after the other: they share servers.
-if (($# == 0)); then set -- --numprocesses 2 --dist loadfile; fi
+if (($# == 0)); then set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder; fi
 exec $bin/python -m pytest "$@"

@@ -11,15 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 import workloads
 from server import WEAVE, Server, after_import
 
-# Left out of an ordinary run: much the same happens in another test.
-rare = pytest.mark.skipif(
-    os.environ.get("TOKENWEAVE_TEST_FAULTS") != "all", reason="runs with TOKENWEAVE_TEST_FAULTS=all"
-)
 FLAGS = ("--tokenweave-strict", *WEAVE)
 
 

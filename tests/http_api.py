@@ -104,13 +104,16 @@ def serve(folder: Path) -> Iterator[tuple[Server, Server]]:
         )
 
 
-def explore(stock: Server, woven: Server, num_examples: int) -> Findings:
-    """Ask both servers, request by request, `num_examples` valid and as many invalid ones each."""
+def explore(stock: Server, woven: Server, num_examples: int, only: str = "") -> Findings:
+    """Ask both servers, request by request, `num_examples` valid and as many invalid ones each.
+
+    Of all operations, or of those with a path that matches `only`.
+    """
     findings = Findings()
     schema = schemathesis.openapi.from_dict(woven.request("/openapi.json").json())
     for pattern in EXCLUDED.values():
         schema = schema.exclude(path_regex=pattern)
-    for found in schema.get_all_operations():
+    for found in schema.include(path_regex=only).get_all_operations():
         operation = found.ok()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             _explore_operation(findings, (stock, woven), operation, mode, num_examples)

@@ -11,6 +11,7 @@ import faults
 import pytest
 from faults import Fault, Undisturbed
 from server import Server
+from thorough import rare
 
 pytestmark = pytest.mark.server
 
@@ -56,9 +57,9 @@ CASES = {
         "a rank is killed (SIGKILL)", "rank 3 of 4", kill(3), f"{CRASHED}|{LOST}", tp=4
     ),
     "killed-detokenizer": Case(
-        "SGLang's detokenizer is killed", "under load", kill_detokenizer, CRASHED
+        "SGLang's detokenizer is killed", "under load", kill_detokenizer, CRASHED, marks=(rare,)
     ),
-    "killed-main": Case("the main process is killed", "under load", kill_main, None),
+    "killed-main": Case("the main process is killed", "under load", kill_main, None, marks=(rare,)),
     "stopped-in-op": Case(
         "a rank is stopped for ever", "rank 1 of 2, in the op", order("stop", "op", 1), LOST
     ),
@@ -68,6 +69,7 @@ CASES = {
         order("stop", "scheduler", 0),
         "Scheduler watchdog timeout",
         flags=("--watchdog-timeout", "10"),
+        marks=(rare,),  # SGLang ends it, as without us
     ),
     **{
         f"raises-{where}-{len(ranks)}": Case(
@@ -79,11 +81,11 @@ CASES = {
         )
         for where, ranks, marks in (
             ("planner", (1,), ()),
-            ("planner", (0, 1), (faults.rare,)),
-            ("split", (1,), (faults.rare,)),
+            ("planner", (0, 1), (rare,)),
+            ("split", (1,), (rare,)),
             ("split", (0, 1), ()),
             ("op", (1,), ()),
-            ("op", (0, 1), (faults.rare,)),
+            ("op", (0, 1), (rare,)),
         )
     },
     "never-1": Case(
@@ -91,7 +93,7 @@ CASES = {
         "on rank 1 alone",
         order("sleep 3600", "op", 1),
         LOST,
-        marks=(faults.rare,),  # the same wait as stopped-in-op
+        marks=(rare,),  # the same wait as stopped-in-op
     ),
     "never-2": Case(
         "the op never comes",

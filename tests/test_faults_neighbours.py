@@ -12,18 +12,21 @@ import faults
 import pytest
 from faults import Fault, Undisturbed
 from server import LONG_START_S, Server
+from thorough import rare
 
 pytestmark = pytest.mark.server
 
 SHARING = "servers share a machine"
-RESTARTS = int(os.environ.get("TOKENWEAVE_TEST_RESTARTS", "5"))
+RESTARTS = int(os.environ.get("TOKENWEAVE_TEST_RESTARTS", "3"))
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param((2, 2), marks=[faults.rare, pytest.mark.fault(SHARING, "2 at TP=2")]),
-        pytest.param((2, 2, 1, 1), marks=pytest.mark.fault(SHARING, "2 at TP=2, 2 at TP=1")),
+        pytest.param((2, 2), marks=pytest.mark.fault(SHARING, "2 at TP=2")),
+        pytest.param(
+            (2, 2, 1, 1), marks=[rare, pytest.mark.fault(SHARING, "2 at TP=2, 2 at TP=1")]
+        ),
     ],
     ids=["two", "four"],
 )

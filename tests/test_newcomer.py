@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from thorough import rare
 
 from launch import checks, demo
 
@@ -50,7 +51,11 @@ def is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=rare)],
+    ids=lambda s: s.name,
+)
 def test_serve_answer_and_stop(tmp_path, signum):
     port, output = free_port(), tmp_path / "output"
     # A proxy that does not exist: no request to this machine may go through it.

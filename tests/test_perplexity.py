@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from server import Server
+from thorough import rare
 
 from launch.command import DEMO_MODEL
 from launch.stdlib_text import module_files
@@ -81,6 +82,7 @@ def test_woven_equals_stock(stock: float) -> None:
     assert woven == same(stock)
 
 
+@rare
 def test_one_rank_equals_two(stock: float) -> None:
     with Server(DEMO_MODEL, tp=1, launcher="stock") as server:
         assert perplexity(server) == same(stock)
@@ -106,7 +108,7 @@ def enlarge_eps(model: Path) -> None:
     file.write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
 
 
-@pytest.mark.parametrize("damage", [scale_one_norm, enlarge_eps])
+@pytest.mark.parametrize("damage", [scale_one_norm, pytest.param(enlarge_eps, marks=rare)])
 def test_a_slight_fault_shows(damage: Break, stock: float, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
     damage(broken)

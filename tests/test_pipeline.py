@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import workloads
 from server import INSTALLED, WEAVE, Server, after_import
+from thorough import rare
 from workloads import Answers
 
 from sglang_tokenweave import cpu
@@ -58,7 +59,13 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+@pytest.mark.parametrize(
+    "setup",
+    [
+        pytest.param(setup, id=name, marks=[rare] if setup.sglang != INSTALLED else [])
+        for name, setup in SETUPS.items()
+    ],
+)
 def test_equals_stock(
     setup: Setup, model: Callable[[str], Path], stock: Callable[..., Answers], tmp_path: Path
 ) -> None:

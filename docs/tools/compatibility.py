@@ -29,8 +29,7 @@ TESTS = (
     "test_refusals.py",
     "test_refusals_server.py",
 )
-# Every workload on every architecture; the ordinary run leaves out what the layers do not see.
-THOROUGH = {"TOKENWEAVE_TEST_WORKLOADS": "all"}
+THOROUGH = {"TOKENWEAVE_TEST": "all"}  # tests/thorough.py
 _MODELS = {
     "llama": "Llama",
     "mistral": "Mistral",

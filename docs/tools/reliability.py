@@ -31,7 +31,7 @@ TESTS = (
     "test_faults_neighbours.py",
     "test_faults_caches.py",
 )
-THOROUGH = {"TOKENWEAVE_TEST_FAULTS": "all", "TOKENWEAVE_TEST_RESTARTS": "50"}
+THOROUGH = {**compatibility.THOROUGH, "TOKENWEAVE_TEST_RESTARTS": "50"}
 _ORDER = ("differential", "soak", "http", "numerics")  # others follow by name
 
 Seen = dict[str, Any]  # a fault as tests/faults.py records it, with the outcome of its test
