@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from thorough import rare
 
 from benchmarks import load, schema, servers, serving
 from benchmarks.load import LoadError, Outcome, Target
@@ -184,6 +185,7 @@ def replace_deadline(place, seconds):
     return Namespace(**{**vars(place), "load_deadline": seconds})
 
 
+@rare  # its client and a woven server: tests/test_clients.py
 @pytest.mark.server
 def test_it_drives_real_servers_with_sglangs_client(model, tmp_path, capsys):
     output = tmp_path / "serving.json"

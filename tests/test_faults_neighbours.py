@@ -17,7 +17,7 @@ from thorough import rare
 pytestmark = pytest.mark.server
 
 SHARING = "servers share a machine"
-RESTARTS = int(os.environ.get("TOKENWEAVE_TEST_RESTARTS", "3"))
+RESTARTS = int(os.environ.get("TOKENWEAVE_TEST_RESTARTS", "2"))
 
 
 @pytest.mark.parametrize(

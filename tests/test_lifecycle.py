@@ -1,4 +1,4 @@
-"""However a woven server ends, nothing of it is left; a dead rank ends an idle one, too.
+"""However a woven server ends, nothing of it is left.
 
 Every test's server ends by SIGINT, and what it leaves fails the test; a dead rank of a busy server
 is in tests/test_faults_fatal.py.
@@ -15,6 +15,7 @@ import pytest
 import requests
 import workloads
 from server import WEAVE, Server
+from thorough import rare
 
 pytestmark = pytest.mark.server
 
@@ -37,6 +38,7 @@ def test_terminate_under_load_leaves_nothing(server: Server) -> None:
     assert [stream.result() for stream in streams] == [150] * 4
 
 
+@rare
 def test_killed_rank_ends_an_idle_server(server: Server) -> None:
     os.kill(server.rank_process(1), signal.SIGKILL)
     assert server.wait_until_ended(END_DEADLINE_S) != 0

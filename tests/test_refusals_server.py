@@ -56,7 +56,13 @@ def test_runs_stock_and_says_why(case: Case, model: Callable[[str], Path]) -> No
     assert len(said) == 1, lines  # and not one from each rank
 
 
-@pytest.mark.parametrize("case", STOP.values(), ids=STOP.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[rare] if case.flags else [])  # tests/test_refusals.py
+        for name, case in STOP.items()
+    ],
+)
 def test_stops_if_strict(case: Case, model: Callable[[str], Path]) -> None:
     server = _server(case, model, "--tokenweave-strict")
     server.launch()

@@ -10,6 +10,7 @@ import soak
 from server import Server, after_import
 from slopes import slope
 from soak import Look, Mix, judge
+from thorough import rare
 
 HOUR_S = 3600
 RATE = 3.0
@@ -83,6 +84,7 @@ def test_a_slope_has_an_interval() -> None:
         slope(times[:7], times[:7])
 
 
+@rare
 @pytest.mark.server
 def test_a_server_under_load_and_one_that_leaks(model: Callable[[str], Path], tmp_path) -> None:
     flag = tmp_path / "leak"

@@ -139,6 +139,7 @@ def _read_given(path, group):
 """
 
 
+@rare  # in one process: tests/test_tuner.py
 def test_ranks_with_different_files_end_with_both_named(
     measured: tuple[Path, Table], model: Callable[[str], Path], tmp_path: Path
 ) -> None:

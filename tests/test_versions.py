@@ -78,6 +78,7 @@ def test_the_installed_release_is_the_newest_supported() -> None:
     assert VERSIONS[-1] == INSTALLED
 
 
+@rare  # without a server: tests/test_hooks.py
 def test_missing_hook_stops_a_strict_server(tmp_path: Path, model: Callable[[str], Path]) -> None:
     server = Server(
         model("llama"),
@@ -91,6 +92,7 @@ def test_missing_hook_stops_a_strict_server(tmp_path: Path, model: Callable[[str
     assert "Load weight begin" not in server.log()
 
 
+@rare
 def test_missing_hook_is_a_reason_otherwise(tmp_path: Path, model: Callable[[str], Path]) -> None:
     with Server(model("llama"), flags=WEAVE, pythonpath=[_without_target(tmp_path)]) as server:
         state = server.tokenweave()
