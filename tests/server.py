@@ -36,7 +36,7 @@ LAUNCHERS = {
 WEAVE = ("--tokenweave-min-tokens", "4", "--tokenweave-decode-min-tokens", "2")
 START_DEADLINE_S = 300  # 25-35 s on two idle cores, 65-90 s beside another one that starts
 LONG_START_S = 900  # of a long run, which may share its machine with anything
-STOP_DEADLINE_S = 60
+STOP_DEADLINE_S = 40
 # SGLang leaves these behind itself; `sem.` are Python's own, unlinked as soon as they are made.
 SGLANG_SHARED_MEMORY = ("sgl_shm_mq_", "sglang_loads_", "sem.")
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.server
 
 LOST = "rank [0-9] of [0-9] does not reach all other ranks"
 CRASHED = r"Subprocess \w+ .{,20}crashed with exit code -9"
-END_DEADLINE_S = 60  # what is measured is on the page; a loaded machine takes its time
+END_DEADLINE_S = 45  # what is measured is on the page; a loaded machine takes its time
 
 
 @dataclass(frozen=True)

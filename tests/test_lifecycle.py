@@ -1,8 +1,4 @@
-"""However a woven server ends, nothing of it is left.
-
-Every test's server ends by SIGINT, and what it leaves fails the test; a dead rank of a busy server
-is in tests/test_faults_fatal.py.
-"""
+"""However a woven server ends, nothing of it is left; a dead rank ends it, in seconds."""
 
 import os
 import signal
@@ -30,6 +26,11 @@ def server(model: Callable[[str], Path]) -> Iterator[Server]:
         yield running
 
 
+@rare  # every server of the tests ends so
+def test_interrupt_leaves_nothing(server: Server) -> None:
+    server.stop(signal.SIGINT)  # raises if anything is left
+
+
 def test_terminate_under_load_leaves_nothing(server: Server) -> None:
     with ThreadPoolExecutor(4) as pool:
         streams = _start_streams(server, pool, num_tokens=150)
@@ -38,10 +39,23 @@ def test_terminate_under_load_leaves_nothing(server: Server) -> None:
     assert [stream.result() for stream in streams] == [150] * 4
 
 
-@rare
+@rare  # tests/test_faults_fatal.py, under load
 def test_killed_rank_ends_an_idle_server(server: Server) -> None:
     os.kill(server.rank_process(1), signal.SIGKILL)
     assert server.wait_until_ended(END_DEADLINE_S) != 0
+
+
+@rare  # the same there
+def test_killed_rank_ends_a_busy_server(server: Server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        streams = _start_streams(server, pool, num_tokens=1200)
+        start = time.monotonic()
+        os.kill(server.rank_process(0), signal.SIGKILL)
+        status = server.wait_until_ended(END_DEADLINE_S)
+        failures = [stream.exception(timeout=END_DEADLINE_S) for stream in streams]
+    assert status != 0
+    assert time.monotonic() - start < END_DEADLINE_S + 5
+    assert all(isinstance(failure, requests.RequestException) for failure in failures), failures
 
 
 def _start_streams(server: Server, pool: ThreadPoolExecutor, num_tokens: int) -> list[Future[int]]:

@@ -42,7 +42,7 @@ class Meter:
         self._as_loaded = {mode: graphs.take() for mode, graphs in self._stock.items()}
         self._captured_size: tuple[Mode, int] | None = None
         self._woven: dict[Candidate, WovenGraphs | None] = {}  # of that size, like the next
-        self._unsplit: dict[Candidate, Taken] = {}
+        self._in_stock_graphs: dict[Candidate, Taken] = {}
         self._warm: set[tuple[Candidate, Mode, int]] = set()
         self._began = time.perf_counter()
         self._spent_s = 0.0
@@ -86,7 +86,7 @@ class Meter:
     def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let the next batch of this size run the candidate, in the graph that it would have."""
         if (mode, tokens) != self._captured_size:  # graphs of another size have served
-            self._captured_size, self._woven, self._unsplit = (mode, tokens), {}, {}
+            self._captured_size, self._woven, self._in_stock_graphs = (mode, tokens), {}, {}
         self._runtime.table = _always(mode, candidate)
         self._runtime.graphs = None
         if mode is Mode.DECODE or candidate.kind is not Kind.WEAVE:
@@ -110,15 +110,15 @@ class Meter:
         graphs = self._stock.get(mode)
         if graphs is None or (size := graphs.size_for(tokens)) is None:
             return
-        if candidate not in self._unsplit:
+        if candidate not in self._in_stock_graphs:
             graphs.put_back(self._as_loaded[mode])
             if {candidate.kind, self._runtime.kind_in_graph(mode, size)} != {Kind.OFF}:
                 try:
                     capturing.capture_again(graphs, (size,))
                 except DisagreementError as error:
                     raise NotMeasurableError(str(error)) from error
-            self._unsplit[candidate] = graphs.take()
-        graphs.put_back(self._unsplit[candidate])
+            self._in_stock_graphs[candidate] = graphs.take()
+        graphs.put_back(self._in_stock_graphs[candidate])
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
