@@ -17,7 +17,8 @@ _LONGEST = 1024  # of each drawn length, as benchmarks of ShareGPT cut it
 _FIXED = {f"in{tokens}-out{OUTPUT_TOKENS}": tokens for tokens in (512, 1024, 2048)}
 SHAREGPT = "sharegpt_like"
 WORKLOADS = (*_FIXED, SHAREGPT)
-_WORD = " count"  # a word that most vocabularies hold
+WORD = " count"  # a word that most vocabularies hold
+LETTER = "a"  # of a vocabulary of bytes
 
 
 class LoadError(Exception):
@@ -45,8 +46,13 @@ class Outcome:
     goodput_requests_per_s: float
 
 
-def client_arguments(workload: str, prompts: int, folder: Path, seed: int) -> list[str]:
+def client_arguments(
+    workload: str, prompts: int, folder: Path, seed: int, word: str = WORD
+) -> list[str]:
     """Return the arguments of `sglang.benchmark.serving` that make a workload's requests.
+
+    Args:
+        word: that the model's tokenizer makes one token of.
 
     Raises:
         ValueError: an unknown workload.
@@ -61,7 +67,7 @@ def client_arguments(workload: str, prompts: int, folder: Path, seed: int) -> li
     if workload != SHAREGPT:
         raise ValueError(f"workload {workload!r}: known are {', '.join(WORKLOADS)}")
     path = folder / "conversations.jsonl"
-    write_conversations(path, lengths(prompts, seed))
+    write_conversations(path, lengths(prompts, seed), word)
     return ["--dataset-name", "custom", "--dataset-path", str(path), *count]
 
 
@@ -74,14 +80,14 @@ def lengths(count: int, seed: int) -> list[tuple[int, int]]:
     ]
 
 
-def write_conversations(path: Path, drawn: Sequence[tuple[int, int]]) -> None:
+def write_conversations(path: Path, drawn: Sequence[tuple[int, int]], word: str = WORD) -> None:
     """Write conversations of about so many tokens, in the form that SGLang's client reads.
 
     Each prompt begins with a number of its own, so that no cache serves it.
     """
     with path.open("w") as file:
         for number, (prompt, answer) in enumerate(drawn):
-            turns = [f"{number}{_WORD * (prompt - 1)}", _WORD * answer]
+            turns = [f"{number}{word * (prompt - 1)}", word * answer]
             file.write(json.dumps({"conversations": [{"value": turn} for turn in turns]}) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The prefill benchmark's tables: stock, ours and the bound at every size."""
+"""The tables of the benchmarks of prefill and decode: stock, ours and the bound at every size."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +28,9 @@ def ours(rows: Rows) -> Row | None:
 def tables(result: Result) -> list[tuple[str, Cells, dict[str, Cells]]]:
     """Return for each shape its name, its times in ms with the ratios, and its other columns."""
     columns = [
-        name for name in BENCHES["prefill"].columns if any(name in row.extra for row in result.rows)
+        name
+        for name in BENCHES[result.bench].columns
+        if any(name in row.extra for row in result.rows)
     ]
     return [
         (shape, _times(result, shape), {name: _column(result, shape, name) for name in columns})
@@ -74,4 +76,5 @@ def _variants(result: Result, shape: str) -> list[str]:
 
 
 def _ms(row: Row) -> str:
-    return f"{row.time_us / 1e3:.2f} ±{row.spread_us / 2e3:.2f}"
+    digits = 2 if row.time_us >= 2000 else 3
+    return f"{row.time_us / 1e3:.{digits}f} ±{row.spread_us / 2e3:.{digits}f}"

@@ -32,7 +32,7 @@ BENCHES: Mapping[str, Bench] = {
         ("cpu_us_per_layer", "tokens_per_s", "cut_tokens", "ctas_count"),
     ),
     "decode": Bench(
-        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|no_comm", ("tokens_per_s", "context_tokens")
+        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|auto|no_comm", ("tokens_per_s", "context_tokens")
     ),
     "serving": Bench(
         r"(stock|tokenweave)(/[a-z0-9_.-]+)*",

@@ -1,26 +1,32 @@
 """Whole servers under load, stock and woven in turn: python -m benchmarks.serving --help.
 
-SGLang's own client drives both. Two servers do not fit one set of GPUs, so they take turns: each
-round starts every server once, in a new order, and stops it again.
+SGLang's own client drives both. Two servers of a whole model do not fit one set of GPUs, so they
+take turns: each round starts every server once, in a new order, and stops it again. Where they do
+fit, `--together` starts all of them once; each load goes to one after the other then.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from benchmarks import load, machine, table, timing
+from benchmarks import load, machine, shapes, table, timing
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
 from benchmarks.servers import HOST, Contender, ServerError, running
 
 _CLIENT = "sglang.benchmark.serving"
+_TOKENIZER = Path(__file__).resolve().parent.parent / "launch" / "demo_model"
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=.*")
 _SEED = 20250516
 
 
@@ -30,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0]
     )
     add = found.add_argument
-    add("--model", required=True, help="folder or name, as of --model-path")
+    model = found.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="folder or name, as of --model-path")
+    model.add_argument("--shape", choices=shapes.SHAPES, help="one with random weights instead")
+    add("--layers", type=int, default=8, help="of a shape (%(default)s)")
     add("--tp", type=int, default=2, help="GPUs of each server (%(default)s)")
     add("--workloads", type=_workloads, default=load.WORKLOADS, help=",".join(load.WORKLOADS))
     add(
@@ -43,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--both", default="", metavar="FLAGS", help="flags of every server")
     add("--stock-best", metavar="FLAGS", help="a second stock server, with its best flags")
     add("--ours", default="", metavar="FLAGS", help="flags of the woven server")
+    add("--together", action="store_true", help="all servers on the GPUs at once, loads in turn")
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--start-deadline", type=float, default=900, metavar="S", help="of a server (%(default)s)")
     add("--load-deadline", type=float, default=1800, metavar="S", help="of a load (%(default)s)")
@@ -58,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seen: dict[tuple[str, str], list[Outcome]] = {}
     try:
         meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
-        for number in range(options.rounds):
-            _round(options, number, seen)
-            result = Result("serving", meta, _rows(seen))
-            result.save(options.output)
+        with _model(options) as model, _servers(options, model) as together:
+            for number in range(options.rounds):
+                _round(options, model, number, seen, together)
+                result = Result("serving", meta, _rows(seen))
+                result.save(options.output)
     except (ServerError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -75,55 +86,125 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def contenders(options: argparse.Namespace) -> list[Contender]:
     """Return the servers that take part."""
     both = shlex.split(options.both)
-    found = [Contender("stock", weaves=False, flags=tuple(both))]
+    both += ["--load-format", "dummy"] if options.shape else []
+    # The servers start side by side, so a rank may find less memory than another.
+    variables = (("SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "1"),) if options.together else ()
+    both += ["--sleep-on-idle"] if options.together else []
+    found = [Contender("stock", False, tuple(both), variables)]
     if options.stock_best is not None:
-        flags = (*both, *shlex.split(options.stock_best))
-        found.append(Contender("stock/best", weaves=False, flags=flags))
-    ours = (*both, *shlex.split(options.ours))
-    return [*found, Contender("tokenweave", weaves=True, flags=ours)]
+        flags, own = _flags_and_variables(options.stock_best)
+        found.append(Contender("stock/best", False, (*both, *flags), (*variables, *own)))
+    flags, own = _flags_and_variables(options.ours)
+    return [*found, Contender("tokenweave", True, (*both, *flags), (*variables, *own))]
+
+
+def _flags_and_variables(text: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Split what a shell would take: words such as A=1 in front set the environment."""
+    words = shlex.split(text)
+    count = next((i for i, word in enumerate(words) if not _VARIABLE.fullmatch(word)), len(words))
+    pairs = [word.partition("=") for word in words[:count]]
+    return words[count:], [(name, value) for name, _, value in pairs]
+
+
+@contextmanager
+def _model(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the model's name or folder; of a shape a new one, with the demo model's tokenizer."""
+    if options.model:
+        yield options.model
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = shapes.write(options.shape, options.layers, Path(name))
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).write_bytes((_TOKENIZER / file).read_bytes())
+        yield str(folder)
+
+
+@contextmanager
+def _server(options: argparse.Namespace, model: str, contender: Contender) -> Iterator[int]:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running(
+            contender,
+            model,
+            options.tp,
+            Path(name, "log"),
+            options.start_deadline,
+            on_cpu=options.cpu,
+        ) as port,
+    ):
+        yield port
+
+
+@contextmanager
+def _servers(options: argparse.Namespace, model: str) -> Iterator[dict[str, int]]:
+    """Start all servers, ours alone first as it may measure; yield their ports by variant."""
+    with ExitStack() as stack:
+        together = reversed(contenders(options)) if options.together else ()
+        yield {
+            each.variant: stack.enter_context(_server(options, model, each)) for each in together
+        }
 
 
 def _round(
-    options: argparse.Namespace, number: int, seen: dict[tuple[str, str], list[Outcome]]
+    options: argparse.Namespace,
+    model: str,
+    number: int,
+    seen: dict[tuple[str, str], list[Outcome]],
+    together: dict[str, int],
 ) -> None:
     """Run all loads on all servers once; another server is the first in the next round."""
     servers = contenders(options)
     first = number % len(servers)
-    for contender in servers[first:] + servers[:first]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            print(f"round {number + 1} of {options.rounds}: {contender.variant}", flush=True)
-            with running(
-                contender,
-                options.model,
-                options.tp,
-                folder / "log",
-                options.start_deadline,
-                on_cpu=options.cpu,
-            ) as port:
-                for workload in options.workloads:
-                    for rate in options.rates:
-                        found = _drive(options, port, workload, rate, number, folder)
-                        shape = f"{workload}-{load.rate_name(rate)}"
-                        seen.setdefault((shape, contender.variant), []).append(found)
+    ordered = servers[first:] + servers[:first]
+    loads = [(workload, rate) for workload in options.workloads for rate in options.rates]
+
+    def drive(variant: str, port: int, workload: str, rate: float) -> None:
+        found = _drive(options, model, port, workload, rate, number)
+        seen.setdefault((f"{workload}-{load.rate_name(rate)}", variant), []).append(found)
+
+    print(f"round {number + 1} of {options.rounds}", flush=True)
+    for each in loads if together else ():
+        for contender in ordered:
+            drive(contender.variant, together[contender.variant], *each)
+    for contender in () if together else ordered:
+        with _server(options, model, contender) as port:
+            for each in loads:
+                drive(contender.variant, port, *each)
 
 
 def _drive(
-    options: argparse.Namespace, port: int, workload: str, rate: float, number: int, folder: Path
+    options: argparse.Namespace, model: str, port: int, workload: str, rate: float, number: int
 ) -> Outcome:
     """Put a server under one load; the same requests at the same times for every server."""
-    seed = _SEED + number
+    with tempfile.TemporaryDirectory() as name:
+        record = _client(options, model, port, workload, rate, _SEED + number, Path(name))
+    try:
+        return load.outcome(record, options.prompts, Target(options.ttft_ms, options.tpot_ms))
+    except LoadError as error:
+        raise LoadError(f"{_named(workload, rate)}: {error}") from error
+
+
+def _client(
+    options: argparse.Namespace,
+    model: str,
+    port: int,
+    workload: str,
+    rate: float,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Run SGLang's client and return what it wrote."""
     path = folder / "outcome.jsonl"
-    path.unlink(missing_ok=True)
+    word = load.LETTER if options.shape else load.WORD
     command = [
-        *(sys.executable, "-m", _CLIENT, "--backend", "sglang", "--model", options.model),
+        *(sys.executable, "-m", _CLIENT, "--backend", "sglang", "--model", model),
         *("--host", HOST, "--port", str(port), "--request-rate", str(rate), "--seed", str(seed)),
         *("--flush-cache", "--warmup-requests", "1", "--disable-tqdm"),
         *("--output-file", str(path), "--output-details"),
-        *load.client_arguments(workload, options.prompts, folder, seed),
+        *load.client_arguments(workload, options.prompts, folder, seed, word),
     ]
-    what = f"{workload} at {rate:g} requests a second"
     local = {"NO_PROXY": HOST, "no_proxy": HOST}
+    what = _named(workload, rate)
     try:
         done = subprocess.run(
             command,
@@ -137,11 +218,12 @@ def _drive(
         raise LoadError(f"{what}: not done in {options.load_deadline:.0f} s") from error
     if done.returncode != 0 or not path.exists():
         raise LoadError(f"{what}: the client failed\n{(done.stdout + done.stderr)[-2000:]}")
-    record = json.loads(path.read_text().splitlines()[-1])
-    try:
-        return load.outcome(record, options.prompts, Target(options.ttft_ms, options.tpot_ms))
-    except LoadError as error:
-        raise LoadError(f"{what}: {error}") from error
+    record: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
+    return record
+
+
+def _named(workload: str, rate: float) -> str:
+    return f"{workload} at {rate:g} requests a second"
 
 
 def _rows(seen: dict[tuple[str, str], list[Outcome]]) -> tuple[Row, ...]:

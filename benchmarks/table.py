@@ -24,8 +24,8 @@ def text(result: Result) -> str:
     parts = [heading(result.meta)]
     if result.bench == "op":
         parts += [_shape(result, shape) for shape in shapes(result)]
-    elif result.bench == "prefill":
-        parts += [_prefill(*each) for each in prefill_table.tables(result)]
+    elif result.bench in ("prefill", "decode"):
+        parts += [_passes(*each) for each in prefill_table.tables(result)]
     else:
         lines = _by_ctas(result) if result.bench == "one_gpu" else _plain(result)
         parts += ["\n".join(lines)]
@@ -76,7 +76,7 @@ def _smoke_lines(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
     return markdown(("tokens", "ran, with right results"), cells)
 
 
-def _prefill(
+def _passes(
     shape: str, times: prefill_table.Cells, columns: Mapping[str, prefill_table.Cells]
 ) -> str:
     parts = ["\n".join(markdown(*times))]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from server import Server
 
 
@@ -76,3 +77,12 @@ def _count_shared_files(server: Server) -> int:
     names = {path.name for path in Path("/dev/shm").iterdir()}
     numbered = {name for name in names if any(pid in name for pid in pids)}
     return len(names & (server.shared_memory | numbered))
+
+
+def gpu_memory() -> dict[str, float]:
+    """Return the bytes in use on each GPU, of all processes."""
+    found = {}
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        found[f"memory GPU {device}"] = float(total - free)
+    return found

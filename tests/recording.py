@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +46,12 @@ def write(
 
 @cache
 def commit() -> str:
-    """Return the commit of this tree at the first call, marked if tracked files differ from it."""
+    """Return the commit of this tree at the first call, marked if tracked files differ from it.
+
+    Where the tree has no git, the environment variable TOKENWEAVE_COMMIT tells it.
+    """
+    if named := os.environ.get("TOKENWEAVE_COMMIT"):
+        return named
     found = _git("rev-parse", "--short=12", "HEAD")
     return found + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
 
@@ -56,7 +62,7 @@ def machine() -> str:
     memory_gib = psutil.virtual_memory().total / 2**30
     software = ", ".join(f"{name} {version(name)}" for name in ("sglang", "torch"))
     return (
-        f"{cores} cores of {platform.machine()}, {memory_gib:.0f} GiB, no GPU; "
+        f"{cores} cores of {platform.machine()}, {memory_gib:.0f} GiB, {_gpus()}; "
         f"Python {platform.python_version()}, {software}"
     )
 
@@ -66,3 +72,8 @@ def _git(*arguments: str) -> str:
         ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True
     )
     return done.stdout.strip()
+
+
+def _gpus() -> str:
+    count = torch.cuda.device_count()
+    return f"{count} {torch.cuda.get_device_name()}" if count else "no GPU"

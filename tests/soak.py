@@ -2,8 +2,8 @@
 
 `python tests/soak.py --minutes 60 --rate 4 --output docs/reliability/soak.json` starts a server on
 the CPU (TP=2), sends it random requests as a Poisson process, and looks at all its processes every
-few seconds. Every sample goes to a .csv beside the output as it is taken; the table is rewritten
-each minute. Exit status 0: no error, and every slope below its bound.
+few seconds; with `--gpus`, on two GPUs. Every sample goes to a .csv beside the output as it is
+taken; the table is rewritten each minute. Exit status 0: no error, and every slope below its bound.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import asyncio
 import csv
 import itertools
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -24,14 +25,29 @@ from typing import Any
 import footprint
 import load
 import recording
-from load import Mix, Request
+from load import Mix, Request, Sample
 from server import LONG_START_S, WEAVE, Server
 from slopes import Slope, slope
 
 from sglang_tokenweave.tiny_model import make_tiny_model
 
 STOCK_FLAGS = ("--enable-metrics",)
-FLAGS = ("--tokenweave-strict", *WEAVE, *STOCK_FLAGS)
+FLAGS = (*STOCK_FLAGS, "--tokenweave-strict", *WEAVE)
+# On GPUs: prefills in graphs of ours, decodes of two halves in SGLang's.
+GPU_MODEL = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+GPU_MODEL |= {"num_key_value_heads": 2, "max_position_embeddings": 8192}
+GPU_STOCK_FLAGS = (
+    *("--device", "cuda", "--dtype", "bfloat16", "--attention-backend", "fa3"),
+    *("--max-total-tokens", "131072", "--chunked-prefill-size", "2048"),
+    *("--mem-fraction-static", "0.5", "--max-running-requests", "64"),
+    *("--cuda-graph-bs-decode", *map(str, (1, 2, 4, 8, 16, 24, 32, 48, 64))),
+    *("--cuda-graph-bs-prefill", *map(str, (128, 256, 512, 1024, 2048))),
+)
+GPU_WEAVE = ("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "200")
+GPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "0", "SGLANG_NCCL_SO_PATH": ""}
+# bfloat16 rounds a prompt's log probabilities by some hundredths, otherwise in another batch;
+# another prompt's are off by more than 1.
+CANARY_TOLERANCE = 0.5
 # glibc keeps much of what is freed for later, in growing heaps (malloc_trim gave 50 to 100 MiB of a
 # scheduler back). So told, it returns it at once, and what is measured is what is held.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -89,7 +105,8 @@ class Load:
     errors: list[str] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)  # since the last look
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
-    canary: list[list[int]] = field(default_factory=list)
+    is_exact: bool = True  # equal requests have equal answers, whatever else is in their batches
+    canary: list[Sample] = field(default_factory=list)
 
     async def arrive(self, session: object, rate: float, seconds: float) -> None:
         """Send requests at random times, `rate` a second on average; then wait for all."""
@@ -123,9 +140,17 @@ class Load:
         self.left += request.leave_after is not None
         self.latencies_s.append(time.monotonic() - start)
         if is_canary:
-            self.canary = self.canary or [sample.tokens for sample in samples]
-            if [sample.tokens for sample in samples] != self.canary:
+            self.canary = self.canary or samples
+            if not self._is_as_before(samples):
                 self.errors.append(f"request {index}: the canary's answer changed")
+
+    def _is_as_before(self, samples: list[Sample]) -> bool:
+        (first,), (now,) = self.canary, samples
+        if self.is_exact:
+            return now.tokens == first.tokens
+        prompt = CANARY.payload["input_ids"]
+        pairs = list(zip(first.logprobs, now.logprobs, strict=True))[: len(prompt) - 1]
+        return all(abs(a - b) <= CANARY_TOLERANCE for a, b in pairs)
 
 
 # The same greedy request over and over: its answer may not change.
@@ -134,15 +159,23 @@ CANARY = Request(
     {
         "input_ids": list(range(10, 700)),
         "sampling_params": {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
+        "return_logprob": True,
+        "logprob_start_len": 0,
     },
 )
 
 
 async def soak(
-    server: Server, mix: Mix, rate: float, seconds: float, see: Callable[[Look], None]
+    server: Server,
+    mix: Mix,
+    rate: float,
+    seconds: float,
+    see: Callable[[Look], None],
+    *,
+    is_exact: bool = True,
 ) -> Load:
     """Run the load; call `see` every `LOOK_S` seconds."""
-    current = Load(mix)
+    current = Load(mix, is_exact=is_exact)
     start = time.monotonic()
 
     async def look_around() -> None:
@@ -165,12 +198,16 @@ async def soak(
 
 def _look(at_s: float, current: Load, held: footprint.Footprint) -> Look:
     taken, current.latencies_s = current.latencies_s, []
-    figures = held.series() | {
-        "requests in flight": len(current.tasks),
-        "completed a second": len(taken) / LOOK_S,
-        "median latency": statistics.median(taken) if taken else 0.0,
-        "CPU seconds": sum(held.cpu_s.values()),
-    }
+    figures = (
+        held.series()
+        | footprint.gpu_memory()
+        | {
+            "requests in flight": len(current.tasks),
+            "completed a second": len(taken) / LOOK_S,
+            "median latency": statistics.median(taken) if taken else 0.0,
+            "CPU seconds": sum(held.cpu_s.values()),
+        }
+    )
     return Look(at_s, current.completed, tuple(current.errors), figures)
 
 
@@ -234,6 +271,8 @@ class Report:
     rate: float
     warm_up_s: float
     which: str = "woven"
+    where: str = "the CPU"
+    change: str = ""
     looks: list[Look] = field(default_factory=list)
     written_s: float = 0.0
 
@@ -278,10 +317,10 @@ class Report:
 
     def _explanation(self) -> list[str]:
         return [
-            f"{self.minutes:g} minutes, TP=2 on the CPU, {self.rate:g} requests a second "
+            f"{self.minutes:g} minutes, TP=2 on {self.where}, {self.rate:g} requests a second "
             "(Poisson): 1 to 2000 tokens, chat, n > 1, log probabilities, streams, of which a "
             "quarter is closed by the client. A canary, the same greedy request every "
-            f"{CANARY_EVERY} requests, must not change its answer.",
+            f"{CANARY_EVERY} requests, must not change its answer{self.change}.",
             f"Slopes are Theil-Sen's over samples {LOOK_S} s apart, without the first "
             f"{self.warm_up_s:.0f} s; a bound is kept if the interval's upper end is below it.",
             f"Bounds: {BYTES_PER_REQUEST} bytes a request for memory (what is no file's), one in "
@@ -299,26 +338,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, required=True, help="requests a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stock", action="store_true", help="a server that does not weave")
+    parser.add_argument("--gpus", action="store_true", help="TP=2 on two GPUs, in bfloat16")
+    parser.add_argument("--flags", default="", help="more flags of the woven server")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     words = sys.argv[1:] if arguments is None else arguments
     report = Report(
         options.output,
-        " ".join(["python tests/soak.py", *words]),
+        shlex.join(["python", "tests/soak.py", *words]),
         options.minutes,
         options.rate,
         warm_up_s=max(15.0, 60 * options.minutes / 6),
         which="stock" if options.stock else "woven",
+        where="two GPUs" if options.gpus else "the CPU",
+        change=f" (log probabilities, by {CANARY_TOLERANCE})" if options.gpus else "",
     )
     recording.commit()  # that of now, not of the end
     with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model("llama", Path(folder, "llama"))
-        kind = {"launcher": "stock", "flags": STOCK_FLAGS} if options.stock else {"flags": FLAGS}
-        kind |= {"environment": ENVIRONMENT, "start_deadline_s": LONG_START_S}
-        with Server(model, **kind) as server:
-            run = soak(server, Mix(options.seed), options.rate, 60 * options.minutes, report.see)
-            done = asyncio.run(run)
+        sizes = ("bfloat16",) if options.gpus else ()
+        model = make_tiny_model(
+            "llama", Path(folder, "llama"), *sizes, **(GPU_MODEL if options.gpus else {})
+        )
+        with Server(model, **_kind(options)) as server:
+            done = asyncio.run(
+                soak(
+                    server,
+                    Mix(options.seed),
+                    options.rate,
+                    60 * options.minutes,
+                    report.see,
+                    is_exact=not options.gpus,
+                )
+            )
             notes = [*_what_was_woven(server.tokenweave()), *done.errors]
     notes.append(f"{done.left} clients left early.")
     verdicts = report.write(notes, len(done.errors))
@@ -326,6 +378,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*_row(verdict), sep=" | ")
     print(*notes, f"{done.completed} requests completed.", sep="\n")
     return 1 if done.errors or not all(verdict.is_kept for verdict in verdicts) else 0
+
+
+def _kind(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what makes the server under load."""
+    stock = (*STOCK_FLAGS, *(GPU_STOCK_FLAGS if options.gpus else ()))
+    weave = (*FLAGS, *stock, *(GPU_WEAVE if options.gpus else ()), *shlex.split(options.flags))
+    woven = {"flags": weave}
+    environment = ENVIRONMENT | (GPU_ENVIRONMENT if options.gpus else {})
+    kind = {"launcher": "stock", "flags": stock} if options.stock else woven
+    return kind | {"environment": environment, "start_deadline_s": LONG_START_S}
 
 
 def _what_was_woven(state: dict[str, Any] | None) -> list[str]:

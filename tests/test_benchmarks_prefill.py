@@ -1,14 +1,15 @@
-"""The prefill benchmark: what it starts, which passes it counts, and what it leaves out."""
+"""The benchmarks of prefill and decode: servers, which passes they count, what they leave out."""
 
 import json
 from argparse import Namespace
 
 import pytest
 
-from benchmarks import forward_timer, prefill, shapes
+from benchmarks import decode, forward_timer, prefill, shapes, timed_servers
 from benchmarks.forward_timer import Pass, Settings
-from benchmarks.prefill import VARIANTS, Served
+from benchmarks.prefill import VARIANTS
 from benchmarks.servers import ServerError
+from benchmarks.timed_servers import Served
 from launch import demo
 
 OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke"])
@@ -38,32 +39,47 @@ def test_a_prompts_chunks_are_summed_on_the_slowest_rank(monkeypatch, tmp_path):
     slower = [Pass("EXTEND", 5, 11.0, 2.0), Pass("EXTEND", 2, 3.5, 1.0)]
     answer_with(monkeypatch, tmp_path, (chunks, slower))
     served = Served(1, tmp_path, world_size=2)
-    assert served.prefill([7] * 7) == (14.5, 3.0)
-    assert served.prefill([7] * 7) == (14.5, 3.0)  # only what is new
+    assert prefill.prefill(served, [7] * 7) == (14.5, 3.0)
+    assert prefill.prefill(served, [7] * 7) == (14.5, 3.0)  # only what is new
 
 
 def test_passes_of_another_length_are_no_measurement(monkeypatch, tmp_path):
     answer_with(monkeypatch, tmp_path, [[Pass("EXTEND", 6, 1.0, 1.0)]])
     with pytest.raises(ServerError, match=r"rank 0 ran passes of \[6\] tokens for a prompt of 7"):
-        Served(1, tmp_path, world_size=1).prefill([7] * 7)
+        prefill.prefill(Served(1, tmp_path, world_size=1), [7] * 7)
+
+
+def test_a_step_is_the_slower_rank_s_and_has_all_requests(monkeypatch, tmp_path):
+    fewer = [Pass("EXTEND", 6, 99.0, 1.0), Pass("DECODE", 2, 99.0, 1.0)]
+    steps = [[Pass("DECODE", 3, us, 1.0) for us in rank] for rank in ((5, 5, 1, 5), (1, 9, 7, 1))]
+    answer_with(monkeypatch, tmp_path, [fewer + rank for rank in steps])
+    served = Served(1, tmp_path, world_size=2)
+    assert decode.decode(served, [[7, 7]] * 3, 5) == 6.0  # of 5, 9, 7 and 5
+    with pytest.raises(ServerError, match="1 steps decoded all 2 requests together"):
+        decode.decode(served, [[7, 7]] * 2, 5)
 
 
 class Fake:
     """A server whose batches get the plans that it is told."""
 
     def __init__(self, wall_us, plan):
-        self.wall_us, self.plan = wall_us, plan
+        self.wall_us, self.plan, self.mode = wall_us, plan, None
         self.counts = {"off": 0, "fuse": 0, "weave": 0} if plan else {}
         self.prompts = []
 
-    def plans(self):
+    def plans(self, mode):
+        assert self.mode in (None, mode)
         return dict(self.counts)
 
-    def prefill(self, ids):
-        self.prompts.append(tuple(ids))
+    def passes(self, body):
+        ids = body["input_ids"]
+        self.prompts.append(str(ids))
         if self.plan:
             self.counts[self.plan] += 1
-        return self.wall_us, self.wall_us / 2
+        decodes = isinstance(ids[0], list)
+        self.mode = "decode" if decodes else "prefill"
+        one = Pass("DECODE" if decodes else "EXTEND", len(ids), self.wall_us, self.wall_us / 2)
+        return [[one] * (4 if decodes else 1)]
 
 
 def test_a_variant_that_ran_as_something_else_has_no_row():
@@ -83,19 +99,39 @@ def test_a_variant_that_ran_as_something_else_has_no_row():
     assert absent == {"weave/copy, 40 tokens": "ran as {'off': 4, 'fuse': 0, 'weave': 0}"}
     prompts = [prompt for server in servers.values() for prompt in server.prompts]
     assert len(set(prompts)) == len(prompts)  # none is in a cache
-    assert {len(prompt) for prompt in prompts} == {40}
+
+
+def test_decodes_are_of_the_same_prompts_on_every_server():
+    servers = {"stock/default": Fake(30.0, None), "fuse": Fake(20.0, "fuse")}
+    options = decode.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke", "--rounds=3"])
+    rows, absent = decode._one_size(options, servers, 5)
+    assert absent == {}
+    assert [(row.variant, row.tokens, row.time_us) for row in rows] == [
+        ("stock/default", 5, 30.0),
+        ("fuse", 5, 20.0),
+    ]
+    assert rows[1].extra == {"tokens_per_s": 250_000.0, "context_tokens": 268}
+    stock, fuse = servers.values()
+    assert stock.prompts == fuse.prompts
+    assert len(set(stock.prompts)) == 4
+    servers["fuse"] = Fake(20.0, "off")
+    rows, absent = decode._one_size(options, servers, 5)
+    assert [row.variant for row in rows] == ["stock/default"]
+    assert absent == {"fuse, 5 requests": "ran as {'off': 4, 'fuse': 0, 'weave': 0}"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_server_loads_the_timer_and_only_ours_loads_the_extension(name, tmp_path):
-    contender = prefill._contender(OPTIONS, name, tmp_path / "plugin", tmp_path)
+    settings = Settings(str(tmp_path))
+    contender = timed_servers.contender(name, VARIANTS[name], ("--a",), settings, tmp_path)
     variables = dict(contender.variables)
     plugins = variables["SGLANG_PLUGINS"].split(",")
     assert forward_timer.NAME in plugins
     is_ours = name.split("/")[0] in ("fuse", "weave", "auto")
     assert ("tokenweave" in plugins) is contender.weaves is is_ours
-    settings = Settings(**json.loads(variables[forward_timer.SETTINGS]))
-    assert settings == Settings(str(tmp_path), no_communication=name == "no_comm")
+    assert Settings(**json.loads(variables[forward_timer.SETTINGS])) == settings
+    assert contender.flags == ("--a",)
+    assert VARIANTS[name].no_communication is (name == "no_comm")
 
 
 def test_the_plugin_is_found_as_an_installed_one(tmp_path):

@@ -148,6 +148,49 @@ def test_servers_take_turns_and_what_was_measured_is_kept(monkeypatch, tmp_path,
     assert rows[0].extra["goodput_requests_per_s"] == 0.5
 
 
+def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_path):
+    running_now, driven = [], []
+
+    @contextmanager
+    def running(contender, model, *_, **__):
+        assert {path.name for path in Path(model).iterdir()} == {
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        running_now.append(contender.variant)
+        yield len(running_now)
+
+    def drive(options, model, port, workload, rate, number):
+        assert len(running_now) == 2
+        driven.append((workload, running_now[port - 1]))
+        return load.outcome(RECORD, 3, TARGET)
+
+    monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_drive", drive)
+    output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
+    loads = ["--workloads", "in512-out128,in1024-out128", "--rounds", "2"]
+    command = ["--shape", "smoke", "--cpu", "--together", *loads, *output]
+    assert serving.main(command) == 0
+    assert running_now == ["tokenweave", "stock"]
+    assert driven == [
+        ("in512-out128", "stock"),
+        ("in512-out128", "tokenweave"),
+        ("in1024-out128", "stock"),
+        ("in1024-out128", "tokenweave"),
+        ("in512-out128", "tokenweave"),
+        ("in512-out128", "stock"),
+        ("in1024-out128", "tokenweave"),
+        ("in1024-out128", "stock"),
+    ]
+
+
+def test_a_stock_server_can_be_given_variables():
+    _, best, _ = serving.contenders(options("--stock-best", "SIZE_KB=1 --b 2"))
+    assert best.environment(2, on_cpu=False)["SIZE_KB"] == "1"
+    assert best.flags == ("--b", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -163,22 +206,20 @@ def test_wrong_arguments_are_named(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_client_that_fails_or_hangs_is_named(monkeypatch, tmp_path):
-    place = Namespace(
-        model="m", prompts=1, load_deadline=0.5, ttft_ms=1.0, tpot_ms=1.0, workloads=()
-    )
+def test_a_client_that_fails_or_hangs_is_named(monkeypatch):
+    place = Namespace(shape=None, prompts=1, load_deadline=0.5, ttft_ms=1.0, tpot_ms=1.0)
     monkeypatch.setattr(serving, "_CLIENT", "no_such_module")
     with pytest.raises(
         LoadError, match=r"(?s)in512-out128 at 2 requests a second: the client.*no_such"
     ):
-        serving._drive(replace_deadline(place, 60), 1, "in512-out128", 2.0, 0, tmp_path)
+        serving._drive(replace_deadline(place, 60), "m", 1, "in512-out128", 2.0, 0)
 
     def hang(command, **kwargs):
         raise subprocess.TimeoutExpired(command, kwargs["timeout"])
 
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(LoadError, match="not done in 0 s"):
-        serving._drive(place, 1, "in512-out128", 2.0, 0, tmp_path)
+        serving._drive(place, "m", 1, "in512-out128", 2.0, 0)
 
 
 def replace_deadline(place, seconds):

@@ -159,6 +159,12 @@ def test_sizes_are_what_the_server_can_batch():
     prefill = [tokens for mode, tokens in found if mode == "prefill"]
     assert prefill == [64, 128, 256, 512]
     assert [tokens for mode, tokens in found if mode == "decode"] == [1, 2, 4, 6]
+    runner.decode_cuda_graph_runner = SimpleNamespace(capture_bs=[1, 2, 3])
+    assert [tokens for mode, tokens in tuner._sizes(runner, runtime) if mode == "decode"] == [
+        1,
+        2,
+        3,
+    ]
     runner.model_config.context_len = 100  # 512 tokens are six requests, and 384 four
     runner.req_to_token_pool.size = 4
     assert [tokens for mode, tokens in tuner._sizes(runner, runtime) if mode == "prefill"] == [

@@ -163,9 +163,14 @@ def _digest(content: str) -> str:
 
 
 def _sizes(model_runner: Any, runtime: Runtime) -> list[tuple[Mode, int]]:
-    """Return what can be a batch here: as much as the buffer and SGLang's memory hold."""
+    """Return what can be a batch here: as much as the buffer and SGLang's memory hold.
+
+    Decodes without a graph, where SGLang has some, are not worth the time: few batches are as
+    large, and launching them one by one takes longer than what they compute.
+    """
     most = min(runtime.buffer.capacity, int(model_runner.max_total_num_tokens))
     requests = min(most, int(model_runner.req_to_token_pool.size))
+    requests = min(requests, max(seams.decode_graph_sizes(model_runner), default=requests))
     prefills = [(Mode.PREFILL, tokens) for tokens in bucket_sizes(most, SMALLEST_PREFILL)]
     decodes = [(Mode.DECODE, tokens) for tokens in bucket_sizes(requests, 1)]
     return [size for size in [*prefills, *decodes] if dummy.fits(model_runner, *size)]
