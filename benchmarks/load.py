@@ -18,7 +18,6 @@ _FIXED = {f"in{tokens}-out{OUTPUT_TOKENS}": tokens for tokens in (512, 1024, 204
 SHAREGPT = "sharegpt_like"
 WORKLOADS = (*_FIXED, SHAREGPT)
 WORD = " count"  # a word that most vocabularies hold
-LETTER = "a"  # of a vocabulary of bytes
 
 
 class LoadError(Exception):
@@ -87,7 +86,7 @@ def write_conversations(path: Path, drawn: Sequence[tuple[int, int]], word: str 
     """
     with path.open("w") as file:
         for number, (prompt, answer) in enumerate(drawn):
-            turns = [f"{number}{word * (prompt - 1)}", word * answer]
+            turns = [f"w{number}{word * (prompt - 1)}", word * answer]
             file.write(json.dumps({"conversations": [{"value": turn} for turn in turns]}) + "\n")
 
 

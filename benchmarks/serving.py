@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from benchmarks import load, machine, shapes, table, timing
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
 from benchmarks.servers import HOST, Contender, ServerError, running
+from launch import demo
 
 _CLIENT = "sglang.benchmark.serving"
-_TOKENIZER = Path(__file__).resolve().parent.parent / "launch" / "demo_model"
+_WARM_UP = 32  # requests: they load the kernels of large batches, too
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=.*")
 _SEED = 20250516
 
@@ -108,14 +110,13 @@ def _flags_and_variables(text: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 @contextmanager
 def _model(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the model's name or folder; of a shape a new one, with the demo model's tokenizer."""
+    """Yield the model's name or folder; of a shape a new one."""
     if options.model:
         yield options.model
         return
     with tempfile.TemporaryDirectory() as name:
         folder = shapes.write(options.shape, options.layers, Path(name))
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((_TOKENIZER / file).read_bytes())
+        shapes.write_tokenizer(options.shape, folder)
         yield str(folder)
 
 
@@ -138,11 +139,17 @@ def _server(options: argparse.Namespace, model: str, contender: Contender) -> It
 @contextmanager
 def _servers(options: argparse.Namespace, model: str) -> Iterator[dict[str, int]]:
     """Start all servers, ours alone first as it may measure; yield their ports by variant."""
+    together = contenders(options) if options.together else []
     with ExitStack() as stack:
-        together = reversed(contenders(options)) if options.together else ()
-        yield {
-            each.variant: stack.enter_context(_server(options, model, each)) for each in together
-        }
+
+        def start(contender: Contender) -> int:
+            return stack.enter_context(_server(options, model, contender))
+
+        ports = {each.variant: start(each) for each in together if each.weaves}
+        others = [each for each in together if not each.weaves]
+        with ThreadPoolExecutor(1 if options.cpu else len(others) or 1) as pool:
+            ports |= zip([each.variant for each in others], pool.map(start, others), strict=True)
+        yield ports
 
 
 def _round(
@@ -158,18 +165,29 @@ def _round(
     ordered = servers[first:] + servers[:first]
     loads = [(workload, rate) for workload in options.workloads for rate in options.rates]
 
-    def drive(variant: str, port: int, workload: str, rate: float) -> None:
+    def drive(contender: Contender, port: int, workload: str, rate: float) -> None:
+        variant = contender.variant
         found = _drive(options, model, port, workload, rate, number)
+        plans = f", batches: {_batches(port)}" if contender.weaves else ""
+        what = f"{variant}, {_named(workload, rate)}"
+        print(f"{what}: {found.tokens_per_s:.0f} tokens/s{plans}", flush=True)
         seen.setdefault((f"{workload}-{load.rate_name(rate)}", variant), []).append(found)
 
     print(f"round {number + 1} of {options.rounds}", flush=True)
     for each in loads if together else ():
         for contender in ordered:
-            drive(contender.variant, together[contender.variant], *each)
+            drive(contender, together[contender.variant], *each)
     for contender in () if together else ordered:
         with _server(options, model, contender) as port:
             for each in loads:
-                drive(contender.variant, port, *each)
+                drive(contender, port, *each)
+
+
+def _batches(port: int) -> dict[str, Any]:
+    """Return how a woven server planned its batches until now."""
+    state = demo.get_json(f"http://{HOST}:{port}/server_info")["internal_states"][0]
+    found: dict[str, Any] = state["tokenweave"]["batches"]
+    return found
 
 
 def _drive(
@@ -195,11 +213,11 @@ def _client(
 ) -> dict[str, Any]:
     """Run SGLang's client and return what it wrote."""
     path = folder / "outcome.jsonl"
-    word = load.LETTER if options.shape else load.WORD
+    word = shapes.WORD if options.shape else load.WORD
     command = [
         *(sys.executable, "-m", _CLIENT, "--backend", "sglang", "--model", model),
         *("--host", HOST, "--port", str(port), "--request-rate", str(rate), "--seed", str(seed)),
-        *("--flush-cache", "--warmup-requests", "1", "--disable-tqdm"),
+        *("--flush-cache", "--warmup-requests", str(_WARM_UP), "--disable-tqdm"),
         *("--output-file", str(path), "--output-details"),
         *load.client_arguments(workload, options.prompts, folder, seed, word),
     ]

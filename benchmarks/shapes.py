@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPE = "bfloat16"
+WORD = " w7"  # a token of a shape's tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,19 @@ def write(name: str, layers: int, folder: Path) -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(SHAPES[name].config(layers), indent=1))
     return path
+
+
+def write_tokenizer(name: str, folder: Path) -> None:
+    """Write a tokenizer of the model's whole vocabulary, in which every token is a word.
+
+    SGLang's client takes the first text that it is sent for the first token.
+    """
+    # Not needed for the models alone, and slow to import.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{token}": token for token in range(SHAPES[name].vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    fast.save_pretrained(str(folder))

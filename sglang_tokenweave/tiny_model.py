@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import (  # type: ignore[import-untyped] # it ships no types
+from tokenizers import (
     Tokenizer,
     decoders,
     models,

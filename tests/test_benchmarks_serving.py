@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from thorough import rare
+from transformers import AutoTokenizer
 
-from benchmarks import load, schema, servers, serving
+from benchmarks import load, schema, servers, serving, shapes
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.servers import Contender, ServerError
 from launch import demo
@@ -136,6 +137,7 @@ def test_servers_take_turns_and_what_was_measured_is_kept(monkeypatch, tmp_path,
 
     outcome = load.outcome(RECORD, 3, TARGET)
     monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", lambda *_: outcome)
     command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
     assert serving.main([*command, "--workloads", "in512-out128", "--rates", "2,inf"]) == 1
@@ -153,11 +155,10 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
 
     @contextmanager
     def running(contender, model, *_, **__):
-        assert {path.name for path in Path(model).iterdir()} == {
-            "config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        assert len(tokenizer) == 1024
+        assert len(tokenizer.encode("w12" + 4 * shapes.WORD)) == 5
+        assert all(tokenizer.decode([token]) for token in range(1024))  # no token is no text
         running_now.append(contender.variant)
         yield len(running_now)
 
@@ -167,12 +168,13 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
         return load.outcome(RECORD, 3, TARGET)
 
     monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", drive)
     output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
     loads = ["--workloads", "in512-out128,in1024-out128", "--rounds", "2"]
     command = ["--shape", "smoke", "--cpu", "--together", *loads, *output]
     assert serving.main(command) == 0
-    assert running_now == ["tokenweave", "stock"]
+    assert running_now == ["tokenweave", "stock"]  # it may measure
     assert driven == [
         ("in512-out128", "stock"),
         ("in512-out128", "tokenweave"),
