@@ -14,7 +14,7 @@ from sglang_tokenweave.split import UnsplittableError, cut_unchecked
 from sglang_tokenweave.weave import Context
 
 # The fields of fa3's metadata, for one token a request. One in none of these sets that holds
-# anything is not understood.
+# anything but its default is not understood.
 _ROWS = frozenset({"cache_seqlens_int32", "page_table"})  # one a request
 _SHARED = frozenset({"max_seq_len_q", "max_seq_len_k", "window_size"})  # bounds of any part
 _CHANGED = frozenset({"cu_seqlens_q", "cu_seqlens_k", "scheduler_metadata"})
@@ -44,10 +44,10 @@ def _backend_of(backend: Any, requests: slice) -> Any:
 
 
 def _metadata_of(metadata: Any, requests: slice) -> Any:
-    names = {field.name for field in fields(metadata)}
-    for name in sorted(names - _ROWS - _SHARED - _CHANGED):
-        if getattr(metadata, name) is not None:
-            raise UnsplittableError(f"field {name} of attention's metadata")
+    for field in fields(metadata):
+        is_known = field.name in _ROWS | _SHARED | _CHANGED
+        if not is_known and getattr(metadata, field.name) is not field.default:
+            raise UnsplittableError(f"field {field.name} of attention's metadata")
     return replace(
         metadata,
         **{name: getattr(metadata, name)[requests] for name in _ROWS},

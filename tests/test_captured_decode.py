@@ -3,12 +3,18 @@
 The real model runs with the path that a capture takes; attention's metadata are fa3's by name.
 """
 
+import __future__
+
+import ast
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +22,7 @@ import workloads
 from batches import make_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from server import WEAVE, Server, after_import
+from server import INSTALLED, VERSIONS, WEAVE, Server, after_import, overlay
 from workloads import Answers
 
 from sglang_tokenweave import captured_decode, seams
@@ -38,24 +44,25 @@ captured_decode.cut = cut
 """
 
 
-@dataclass
-class Metadata:
-    """The fields of fa3's that a decode fills, and one of many that it leaves empty."""
+@cache
+def metadata_class(version: str) -> Any:
+    """Return fa3's metadata of a release: the class alone, as its module needs a GPU's kernels."""
+    (folder,) = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
+    source = Path(folder, "sglang/srt/layers/attention/flashattention_backend.py").read_text()
+    (found,) = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "FlashAttentionMetadata"
+    ]
+    names = {"dataclass": dataclass, "__name__": __name__}
+    code = compile(ast.Module([found], []), "fa3", "exec", __future__.annotations.compiler_flag)
+    exec(code, names)
+    return names["FlashAttentionMetadata"]
 
-    cache_seqlens_int32: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor | None
-    page_table: torch.Tensor
-    max_seq_len_q: int = 1
-    max_seq_len_k: int = 0
-    window_size: tuple[int, int] = (-1, -1)
-    scheduler_metadata: torch.Tensor | None = None
-    swa_page_table: torch.Tensor | None = None
 
-
-def backend_of(num_requests):
+def backend_of(num_requests, version=INSTALLED):
     lengths = torch.arange(num_requests, dtype=torch.int32) + 5
-    metadata = Metadata(
+    metadata = metadata_class(version)(
         cache_seqlens_int32=lengths,
         cu_seqlens_q=torch.arange(num_requests + 1, dtype=torch.int32),
         cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
@@ -106,6 +113,12 @@ def test_the_halves_read_what_is_refilled_before_each_replay(num_requests, data)
         for name in ("input_ids", "positions", "out_cache_loc", "seq_lens", "req_pool_indices"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[rows])
     assert (backend.num_splits, whole.scheduler_metadata is None) == (0, False)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_metadata_of_every_release_are_understood(version):
+    with current(backend_of(4, version)):
+        captured_decode.cut(make_batch([1] * 4, [3] * 4, decode=True), 2)
 
 
 def test_metadata_that_are_not_understood_are_named():
