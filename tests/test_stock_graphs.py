@@ -5,15 +5,19 @@ and the dictionaries of its backend are what is used of it.
 """
 
 import pkgutil
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from in_process import World
 from server import VERSIONS, overlay
 
-from sglang_tokenweave import capturing, seams, stock_graphs
+from sglang_tokenweave import capturing, dummy, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
@@ -33,14 +37,31 @@ def is_capturing():
     )()
 
 
+@dataclass(frozen=True)
+class OurModel:
+    """The part of a runtime's Model that is used here."""
+
+    place: Any
+    inner: Any
+    stages: tuple[str, ...]
+    layer: LayerShape = LAYER
+    num_sms: int = 132
+
+
+def model_of(group, layers=4):
+    place = SimpleNamespace(group=SimpleNamespace(cpu_group=group), is_whole=True)
+    inner = SimpleNamespace(start_layer=0, end_layer=layers)
+    stages = ("embedding", *(f"{part} {i}" for i in range(layers) for part in ("attn", "mlp")))
+    return OurModel(place, inner, stages)
+
+
 class OurRuntime(SimpleNamespace):
     """The part of a Runtime that knows what is in SGLang's graphs."""
 
     kind_in_graph = Runtime.kind_in_graph
     plan_in_graph = Runtime.plan_in_graph
 
-    def __init__(self, group=None):
-        place = SimpleNamespace(group=SimpleNamespace(cpu_group=group), is_whole=True)
+    def __init__(self, group=None, layers=4):
         super().__init__(
             table=NOTHING,
             graphs=None,
@@ -48,7 +69,7 @@ class OurRuntime(SimpleNamespace):
             kinds_in_graphs={},
             cuts_captured_decodes=True,
             buffer=SimpleNamespace(capacity=512),
-            model=SimpleNamespace(place=place, layer=LAYER, num_sms=132),
+            model=model_of(group, layers),
         )
 
 
@@ -59,6 +80,7 @@ class Runner:
         self.mode, self.sizes_name, self.runtime = mode, sizes_name, runtime
         self.backend = SimpleNamespace(graphs={}, outputs={}, pool="a pool")
         self.fails_at = None
+        self.depths = {}  # layers of each size's last capture
         self.said_so = False  # that it captures, as SGLang's code asks
         setattr(self, sizes_name, sizes)
         self.capture()
@@ -71,6 +93,7 @@ class Runner:
             if size == self.fails_at:
                 raise MemoryError("no memory left")
             self.backend.graphs[size] = (plan.kind, plan.fuse_ctas)
+            self.depths[size] = self.runtime.model.inner.end_layer
             self.backend.outputs[size] = f"rows of {size}"
 
 
@@ -159,8 +182,8 @@ def test_if_one_rank_cannot_capture_all_keep_the_graphs_that_they_had():
     assert World(2).run(renew) == 2 * [({(Kind.OFF, 0)}, {Kind.OFF})]
 
 
-def meter(group, table=NOTHING):
-    runtime = OurRuntime(group)
+def meter(group, table=NOTHING, layers=4):
+    runtime = OurRuntime(group, layers)
     model_runner = server(runtime, table)
     return Meter(model_runner, runtime, group), model_runner, runtime
 
@@ -204,6 +227,39 @@ def test_off_is_stock_also_where_thresholds_fuse():
     assert set(after.values()) == {(Kind.FUSE, 16)}
 
 
+def test_of_a_deep_model_the_first_layers_are_timed():
+    def prepare(group):
+        timer, model_runner, runtime = meter(group, layers=20)
+        prefill = model_runner.prefill_cuda_graph_runner
+        stages = runtime.model.stages
+        with timer._aside():
+            assert runtime.model.stages == stages[:17]
+            timer._bring_about(OFF, Mode.PREFILL, 100)
+            assert prefill.depths == {64: 20, 128: 8, 512: 20}
+            during = dict(prefill.backend.graphs)
+            timer._bring_about(OFF, Mode.PREFILL, 100)
+        assert runtime.model.stages == stages
+        assert runtime.model.inner.end_layer == 20
+        return during, timer._agree([[1.0, 2.0]], [])
+
+    ((during, times),) = World(1).run(prepare)
+    assert during == dict.fromkeys((64, 128, 512), (Kind.OFF, 0))
+    assert times == [[2.5, 5.0]]
+
+
+def test_of_a_model_that_is_not_deep_all_layers_are_timed():
+    def prepare(group):
+        timer, model_runner, runtime = meter(group, layers=8)
+        before = runtime.model.stages
+        with timer._aside():
+            assert runtime.model.stages == before
+            timer._bring_about(OFF, Mode.PREFILL, 100)
+        assert set(model_runner.prefill_cuda_graph_runner.depths.values()) == {8}
+        return timer._agree([[1.0, 2.0]], [])
+
+    assert World(1).run(prepare) == [[[1.0, 2.0]]]
+
+
 def test_a_graph_that_cannot_be_captured_ends_the_measurement():
     def prepare(group):
         timer, model_runner, _ = meter(group)
@@ -213,6 +269,25 @@ def test_a_graph_that_cannot_be_captured_ends_the_measurement():
     (error,) = World(1).run(prepare)
     assert isinstance(error, NotMeasurableError)
     assert "no memory left" in str(error)
+
+
+def test_a_pass_that_fails_ends_the_measurement_on_all_ranks(monkeypatch):
+    monkeypatch.setattr(dummy, "lengths", lambda *_: (1,))
+    monkeypatch.setattr(dummy, "borrowed_rows", lambda *_: nullcontext([torch.zeros(1)]))
+    monkeypatch.setattr(dummy, "batch", lambda *_: "batch")
+
+    def fail(batch):
+        raise MemoryError("no memory left")
+
+    def measure(group):
+        timer, model_runner, runtime = meter(group)
+        model_runner.forward = fail if group.rank == 1 else lambda batch: None
+        with pytest.raises(NotMeasurableError, match="MemoryError: no memory left"):
+            timer.measure([OFF], Mode.DECODE, 8, 0)
+        assert runtime.table == NOTHING
+        return True
+
+    assert World(2).run(measure) == [True, True]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -225,6 +300,9 @@ def test_every_release_has_what_is_used_of_its_runners(version):
         runner = (root / "runner" / f"{name}_cuda_graph_runner.py").read_text()
         assert "    def capture(self) -> None:" in runner
         assert f"reversed(self.{sizes_name})" in runner  # all that it captures
+    for name in ("llama", "qwen2", "qwen2_moe", "mixtral"):  # the others inherit their loop
+        model = Path(paths[0], "sglang", "srt", "models", f"{name}.py").read_text()
+        assert "for i in range(self.start_layer, self.end_layer):" in model
     for name in ("full", "breakable"):
         backend = (root / "runner_backend" / f"{name}_cuda_graph_backend.py").read_text()
         assert "self._graphs: Dict[" in backend

@@ -119,13 +119,19 @@ def _woven(bucket):
 
 
 @pytest.mark.parametrize("version", ["0.5.17", pytest.param("0.5.21", marks=rare)])
-def test_other_releases_of_sglang_run_the_same_batches(
-    version: str, model: Callable[[str], Path], tmp_path: Path
+def test_other_releases_of_sglang_run_the_same_batches_of_few_layers(
+    version: str, model: Callable[[str], Path], stock: Callable[..., Answers], tmp_path: Path
 ) -> None:
     cold = {"XDG_CACHE_HOME": str(tmp_path)}
-    flags = (*SIZES, "--tokenweave-tune", "auto", "--tokenweave-tune-seconds", "25")
-    with Server(model("llama"), flags=flags, environment=cold, sglang=version) as server:
+    flags = (*SIZES, "--tokenweave-tune", "force", "--tokenweave-tune-seconds", "25")
+    shallow = [after_import(tmp_path, "sglang_tokenweave.tuning.measure", "MOST_LAYERS = 2")]
+    options = {"flags": flags, "environment": cold, "sglang": version, "pythonpath": shallow}
+    expected = stock("llama", COMPARED)["long_prompt"]
+    with Server(model("llama"), **options) as server:
+        answers = workloads.run(server, "long_prompt")
         state = server.tokenweave()
+    # All layers are back.
+    assert [each.tokens for each in answers] == [each.tokens for each in expected]
     assert state is not None
     assert (state["active"], state["notes"]) == (True, [])
     assert state["tuned"]["source"] == "measured"

@@ -4,11 +4,16 @@ OFF is whatever stock SGLang does with such a batch, its graphs included; a cand
 real Runtime does with it, in the graph that it would have: WEAVE of a prefill in one of its own,
 all else in SGLang's. A time is that of the slowest rank, and so is the clock: all ranks see
 the same numbers, so that a search that decides by them does the same on all of them.
+
+Of a deep model only the first layers run, whatever runs them: the layers are alike, and capturing
+a graph takes as long as it has layers. Times are scaled to all layers, which counts what is outside
+of them several times; the weave has more of that than stock, so it is chosen no sooner.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +26,8 @@ from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.stock_graphs import Taken
 from sglang_tokenweave.tuning.table import Candidate
+
+MOST_LAYERS = 8  # that run
 
 
 class NotMeasurableError(RuntimeError):
@@ -35,6 +42,8 @@ class Meter:
         self._model_runner = model_runner
         self._runtime = runtime
         self._group = group
+        inner = runtime.model.inner
+        self._layers = inner.end_layer - inner.start_layer
         is_on_cpu = model_runner.device == "cpu"
         self._why_no_graphs = "on a CPU" if is_on_cpu else capturing.why_not(model_runner, runtime)
         found = () if is_on_cpu else stock_graphs.find(model_runner, runtime)
@@ -61,11 +70,27 @@ class Meter:
         then. With 0 rounds, that is all.
 
         Raises:
-            NotMeasurableError: a candidate did not run as planned; on all ranks.
+            NotMeasurableError: a candidate failed, or did not run as planned; on all ranks.
         """
         times: list[list[float]] = [[] for _ in candidates]
+        with self._aside():
+            try:
+                self._run(candidates, mode, tokens, times, rounds)
+                problems = [_problem(reason) for reason in self._runtime.stats.fallbacks]
+            except Exception as error:  # noqa: BLE001 - whatever it is, such a server runs stock
+                problems = [f"{type(error).__name__}: {error}"]
+        return self._agree(times, problems)
+
+    def _run(
+        self,
+        candidates: Sequence[Candidate],
+        mode: Mode,
+        tokens: int,
+        times: list[list[float]],
+        rounds: int,
+    ) -> None:
         lengths = dummy.lengths(self._model_runner, mode, tokens)
-        with self._aside(), dummy.borrowed_rows(self._model_runner, lengths) as slots:
+        with dummy.borrowed_rows(self._model_runner, lengths) as slots:
 
             def run(candidate: Candidate) -> float:
                 batch = dummy.batch(self._model_runner, mode, lengths, slots)
@@ -80,8 +105,6 @@ class Meter:
                 self._group.gather(None)
                 for candidate, found in zip(candidates, times, strict=True):
                     found.append(run(candidate))
-            problems = dict(self._runtime.stats.fallbacks)
-        return self._agree(times, problems)
 
     def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let the next batch of this size run the candidate, in the graph that it would have."""
@@ -112,7 +135,8 @@ class Meter:
             return
         if candidate not in self._in_stock_graphs:
             graphs.put_back(self._as_loaded[mode])
-            if {candidate.kind, self._runtime.kind_in_graph(mode, size)} != {Kind.OFF}:
+            kinds = {candidate.kind, self._runtime.kind_in_graph(mode, size)}
+            if kinds != {Kind.OFF} or self._layers > MOST_LAYERS:
                 try:
                     capturing.capture_again(graphs, (size,))
                 except DisagreementError as error:
@@ -126,7 +150,7 @@ class Meter:
         table, graphs, stats = self._runtime.table, self._runtime.graphs, self._runtime.stats
         self._runtime.stats = Stats()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._shallow():
                 yield
         finally:
             self._runtime.table, self._runtime.graphs = table, graphs
@@ -134,15 +158,37 @@ class Meter:
             for mode, loaded in self._as_loaded.items():
                 self._stock[mode].put_back(loaded)
 
-    def _agree(self, times: list[list[float]], problems: dict[str, int]) -> list[list[float]]:
+    @contextmanager
+    def _shallow(self) -> Iterator[None]:
+        """Leave the layers after the first ones out."""
+        model = self._runtime.model
+        inner, end = model.inner, model.inner.end_layer
+        left_out = max(0, self._layers - MOST_LAYERS)
+        inner.end_layer = end - left_out
+        # Two stages are of a layer. The last one's norm is that of the next layer then, as fast.
+        stages = model.stages[: len(model.stages) - 2 * left_out]
+        self._runtime.model = replace(model, stages=stages)
+        try:
+            yield
+        finally:
+            inner.end_layer, self._runtime.model = end, model
+
+    def _agree(self, times: list[list[float]], problems: list[str]) -> list[list[float]]:
         spent_s = time.perf_counter() - self._began
         ranks = self._group.gather((times, spent_s, problems))
         self._spent_s = max(spent for _, spent, _ in ranks)
         reasons = sorted({reason for _, _, found in ranks for reason in found})
         if reasons:
-            raise NotMeasurableError(f"a batch ran stock though planned: {', '.join(reasons)}")
+            raise NotMeasurableError("; ".join(reasons))
         by_candidate = zip(*(measured for measured, _, _ in ranks), strict=True)
-        return [[max(of_round) for of_round in zip(*each, strict=True)] for each in by_candidate]
+        scale = max(1, self._layers / MOST_LAYERS)
+        return [
+            [scale * max(of_round) for of_round in zip(*each, strict=True)] for each in by_candidate
+        ]
+
+
+def _problem(reason: str) -> str:
+    return f"a batch ran stock though planned: {reason}"
 
 
 def _always(mode: Mode, candidate: Candidate) -> PlanTable:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.table import (
@@ -30,7 +31,7 @@ _MEAN_ROUNDS = 7  # of a candidate, by halving
 
 @dataclass(frozen=True)
 class Space:
-    """What may be tried on this server."""
+    """What may be tried on this server, of each kind the most promising first."""
 
     sms: int
     ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
@@ -38,18 +39,22 @@ class Space:
     smallest_woven_decode: int = 2  # requests
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
-        """Return all candidates for batches of `num_tokens`, OFF first."""
+        """Return all candidates for batches of `num_tokens`: OFF, then the most promising first."""
         fuses = [Candidate(Kind.FUSE, fuse_ctas=n) for n in self.fuse_ctas]
-        weaves = [
-            Candidate(Kind.WEAVE, offset, ctas, self.fuse_ctas[-1])
-            for ctas in self.ctas
-            if self.sms - ctas >= LEAST_SMS
+        smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
+        if num_tokens < smallest:
+            return [OFF, *fuses]
+        first, *others = (
+            [
+                Candidate(Kind.WEAVE, offset, ctas, max(self.fuse_ctas))
+                for ctas in self.ctas
+                if self.sms - ctas >= LEAST_SMS
+            ]
             for offset in CUT_OFFSETS
             # A half shorter than a quarter hides nothing; requests of one token are cut anywhere.
             if offset == 0 or (mode is Mode.PREFILL and num_tokens >= 4 * abs(offset))
-        ]
-        smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
-        return [OFF, *fuses, *(weaves if num_tokens >= smallest else [])]
+        )
+        return [OFF, *first, *fuses, *chain.from_iterable(others)]
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:
@@ -137,13 +142,13 @@ def _probe(
     What is loaded once, kernels compiled or libraries initialised, takes its time at the first.
     """
     first, again = sizes[0], sizes[min(1, len(sizes) - 1)]
-    last = [each for each in space.candidates(*first) if each in space.candidates(*again)][-1]
-    measure([OFF, last], *first, 0)
+    other = [each for each in space.candidates(*first) if each in space.candidates(*again)][1]
+    measure([OFF, other], *first, 0)
     measure([OFF], *again, 0)
     began_s = spent_s()
-    measure([last], *again, 0)
+    measure([other], *again, 0)
     prepared_s = spent_s()
-    measure([OFF, last], *again, 1)
+    measure([OFF, other], *again, 1)
     return _Costs.of(prepared_s - began_s, (spent_s() - prepared_s) / 2, again[1])
 
 

@@ -134,11 +134,16 @@ def space(
     config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool, smallest_woven_decode: int
 ) -> Space:
     """Return what may be tried: several numbers of CTAs only where the op occupies them."""
-    ctas, fuse_ctas = {config.ctas}, {config.fuse_ctas}
+    ctas, fuse_ctas = [config.ctas], [config.fuse_ctas]
     if key.transport != "reference":
-        ctas |= {4, 8, 16, *([0] if has_copy_engines else [])}
-        fuse_ctas |= {8, 16, 32}
-    return Space(key.sms, tuple(sorted(ctas)), tuple(sorted(fuse_ctas)), smallest_woven_decode)
+        ctas += [*([0] if has_copy_engines else []), 8, 16, 4]
+        fuse_ctas += [16, 32, 8]
+    return Space(
+        key.sms,
+        tuple(dict.fromkeys(ctas)),
+        tuple(dict.fromkeys(fuse_ctas)),
+        smallest_woven_decode,
+    )
 
 
 def _smallest_woven_decode(model_runner: Any, runtime: Runtime) -> int:
