@@ -13,6 +13,7 @@ from typing import Any, Self
 ENVIRONMENT_VARIABLE = "SGLANG_TOKENWEAVE"
 TRANSPORTS = ("auto", "reference", "peer", "multicast")
 TUNE = ("off", "auto", "force")
+THRESHOLDS = ("min_tokens", "fuse_min_tokens", "decode_min_tokens")
 CHOICES = {"transport": TRANSPORTS, "tune": TUNE}
 
 
@@ -53,9 +54,9 @@ class TokenWeaveConfig:
     )
     fuse_ctas: int = _option(16, "CTAs of the op when nothing runs beside it; an even number")
     tune: str = _option(
-        "off",
-        "who says from which size to weave: 'off' the options here, 'auto' a table that was "
-        "measured, now if there is none yet, 'force' a new one",
+        "auto",
+        "who says from which size to weave: 'off' the thresholds; 'auto' they too, where one is "
+        "given, else a table that was measured, on GPUs now if there is none; 'force' a new table",
     )
     tune_seconds: int = _option(90, "longest that a measurement at start may take")
     table: str = _option(
@@ -107,6 +108,21 @@ class TokenWeaveConfig:
                 f"{describe('min_tokens')} is {self.min_tokens}: no batch would be left for the "
                 "fused op; make the first smaller than the second"
             )
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a table decides what is woven, if there is one; else the thresholds do."""
+        return bool(self.table) or self.tune == "force" or self._wants_table
+
+    def measures(self, *, on_cpu: bool) -> bool:
+        """Return whether a table is measured where there is none: a CPU's times mean nothing."""
+        return self.tune == "force" or (self._wants_table and not on_cpu)
+
+    @property
+    def _wants_table(self) -> bool:
+        defaults = {option.name: option.default for option in fields(self)}
+        is_given = any(getattr(self, name) != defaults[name] for name in THRESHOLDS)
+        return self.tune == "auto" and not is_given
 
     def _check_at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:

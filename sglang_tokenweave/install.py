@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_tokenweave import (
+    announcement,
     architectures,
     capturing,
     deadlines,
@@ -54,6 +55,7 @@ class State:
     tuned: Tuned | None = None  # the table that it plans with; None: the thresholds
     live: Live | None = None  # compares batches with stock
     model: str = ""
+    on_cpu: bool = False
     rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
@@ -88,6 +90,7 @@ def after_load_model(result: None, model_runner: Any) -> None:
         return
     state.config = TokenWeaveConfig.from_environment()
     state.model = type(model_runner.model).__name__
+    state.on_cpu = model_runner.device == "cpu"
     seam_problems = seams.find_missing()
     if state.reasons or seam_problems:  # the same on all ranks: they run the same SGLang
         _decline((*state.reasons, *seam_problems))
@@ -145,9 +148,11 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
     if runtime is None or not state.is_active or model_runner.is_draft_worker:
         return
     had_table = state.tuned is not None
-    if state.config.tune != "off" and not had_table:
+    if not had_table and state.config.measures(on_cpu=state.on_cpu):
         _measure(model_runner, runtime)
-    if model_runner.device != "cpu":
+    if not state.is_active:
+        return
+    if not state.on_cpu:
         has_new_table = state.tuned is not None and not had_table
         _capture(model_runner, runtime, has_new_table=has_new_table)
     if state.tuned is not None and state.pp_size == 1:
@@ -250,7 +255,8 @@ def _communication(
     name = _transport(device)
     rows = _capacity(seams.resolved_arguments()), model_runner.model_config.hf_config.hidden_size
     make = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
-    is_tried = name == "peer" and state.config.tune != "off" and state.tuned is None
+    measures = state.config.measures(on_cpu=state.on_cpu) and state.pp_size == 1
+    is_tried = name == "peer" and measures and state.tuned is None
     try:
         return make(has_copy_engines=table.needs_copy_engines or is_tried)
     except DisagreementError as error:  # the same on all ranks
@@ -261,16 +267,21 @@ def _communication(
 
 
 def _measure(model_runner: Any, runtime: Runtime) -> None:
-    if state.pp_size > 1:
-        _do_without_table("not measured with pipeline stages")
-        return
-    group = as_group(runtime.model.place.group.cpu_group)
-    try:
-        state.tuned = tuner.measure(state.config, _key(model_runner), group, model_runner, runtime)
-    except NotMeasurableError as error:  # the same on all ranks
-        _do_without_table(str(error))
-        return
-    runtime.table = plan_table(state.tuned.table)
+    config, problem = state.config, "not measured with pipeline stages"
+    if state.pp_size == 1:
+        group = as_group(runtime.model.place.group.cpu_group)
+        try:
+            state.tuned = tuner.measure(config, _key(model_runner), group, model_runner, runtime)
+        except NotMeasurableError as error:  # the same on all ranks
+            problem = str(error)
+    if state.tuned is not None:
+        runtime.table = plan_table(state.tuned.table)
+    elif config.transport == "auto" and not state.on_cpu:
+        # Nobody said to weave unmeasured. SGLang's graphs may hold the op: the memory stays.
+        runtime.is_active = False
+        _decline((f"no tuned table: {problem}",))
+    else:
+        _do_without_table(problem)
 
 
 def _capture(model_runner: Any, runtime: Runtime, *, has_new_table: bool) -> None:
@@ -294,7 +305,7 @@ def _table(model_runner: Any, group: Any) -> PlanTable:
     """Return the table to plan with from now on."""
     config = state.config
     try:
-        if config.table or config.tune != "off":
+        if config.has_table:
             state.tuned = tuner.find(config, _key(model_runner), as_group(group.cpu_group))
     except TableError as error:  # the same on all ranks
         _do_without_table(str(error))
@@ -321,7 +332,8 @@ def _key(model_runner: Any) -> Key:
 
 
 def _do_without_table(problem: str) -> None:
-    if state.config.strict:
+    asked = state.config.tune == "force" or state.config.table
+    if state.config.strict and asked:
         raise RefusedError(f"TokenWeave is strict and cannot use a tuned table: {problem}")
     state.notes += (f"tuned table: {problem}",)
     if state.rank == state.pp_rank == 0:
@@ -330,8 +342,7 @@ def _do_without_table(problem: str) -> None:
 
 def _transport(device: torch.device) -> str:
     config = state.config
-    is_measured = config.tune != "off" or bool(config.table)
-    return transports.resolve(config.transport, device, is_measured=is_measured)
+    return transports.resolve(config.transport, device, is_measured=config.has_table)
 
 
 def _own_group(ranks: Sequence[int]) -> Group:
@@ -380,16 +391,7 @@ def _announce(runtime: Runtime) -> None:
         state.tp_size,
         f"pipeline stage {state.pp_rank + 1} of {state.pp_size}, " if state.pp_size > 1 else "",
         runtime.transport.name,
-        state.tuned.summary() if state.tuned else _thresholds(state.config),
+        announcement.who_decides(state.config, state.tuned, on_cpu=state.on_cpu),
         runtime.buffer.capacity,
         "".join(f" | not active: {note}" for note in state.notes),
-    )
-
-
-def _thresholds(config: TokenWeaveConfig) -> str:
-    fuse = f">= {config.fuse_min_tokens} tokens" if config.fuse_min_tokens else "off"
-    decode = f">= {config.decode_min_tokens} requests" if config.decode_min_tokens else "off"
-    return (
-        f"prefill woven: >= {config.min_tokens} tokens | fused unsplit: {fuse} | "
-        f"decode woven: {decode}"
     )

@@ -51,8 +51,8 @@ def reasons(
     if name == "auto":
         named = " or ".join((*_BY_KERNEL, ReferenceTransport.name))
         return (
-            "on GPUs stock runs until it is measured what is faster: add "
-            f"{flag('tune')} auto ({flag('transport')} {named} weaves all the same)",
+            "on GPUs stock runs where nobody measured what is faster: leave thresholds and "
+            f"{flag('tune')} away ({flag('transport')} {named} weaves all the same)",
         )
     if device.type == "cpu":
         return (

@@ -106,3 +106,23 @@ def test_help_shows_every_option(parser):
     for name in TokenWeaveConfig().as_dict():
         assert name.replace("_", "-") in text or name == "enabled"
     assert "--enable-tokenweave" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "has_table", "on_gpu", "on_cpu"),
+    [
+        ({}, True, True, False),
+        ({"ctas": 4, "tune_seconds": 9}, True, True, False),
+        ({"min_tokens": 64}, False, False, False),
+        ({"decode_min_tokens": 2}, False, False, False),
+        ({"tune": "off"}, False, False, False),
+        ({"tune": "off", "table": "t.yaml"}, True, False, False),
+        ({"table": "t.yaml"}, True, True, False),
+        ({"tune": "force", "min_tokens": 64}, True, True, True),
+    ],
+)
+def test_who_says_what_is_woven(options, has_table, on_gpu, on_cpu):
+    config = TokenWeaveConfig(enabled=True, **options)
+    assert config.has_table is has_table
+    assert config.measures(on_cpu=False) is on_gpu
+    assert config.measures(on_cpu=True) is on_cpu

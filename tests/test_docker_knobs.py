@@ -18,7 +18,7 @@ def other_value(option) -> str:
         return "1"
     if option.type is int:
         return str(option.default + 2)
-    others = {"transport": "reference", "tune": "auto", "table": "/t.yaml"}
+    others = {"transport": "reference", "tune": "off", "table": "/t.yaml"}
     return others[option.name]
 
 

@@ -10,6 +10,8 @@ from sglang_tokenweave import install, seams, transports
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.config import TRANSPORTS, TokenWeaveConfig
 from sglang_tokenweave.plan import PlanTable
+from sglang_tokenweave.tuning import tuner
+from sglang_tokenweave.tuning.measure import NotMeasurableError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -43,7 +45,7 @@ def test_a_gpu_is_served_as_asked_and_a_cpu_is_told_why_not(name, hopper):
 def test_auto_on_a_gpu_says_what_else_there_is(hopper):
     (reason,) = reasons("auto")
     assert all(name in reason for name in TRANSPORTS if name != "auto")
-    assert "add --tokenweave-tune auto" in reason
+    assert "leave thresholds and --tokenweave-tune away" in reason
 
 
 def test_auto_on_a_gpu_is_peer_once_a_table_decides():
@@ -126,11 +128,47 @@ def communicate(monkeypatch):
 def test_a_measurement_does_without_copy_engines_that_cannot_be_made(communicate):
     assert communicate(tune="auto") == ("transport", (2048, 64, BF16))
     assert install.state.notes == ("copy engines (no copy engines here)",)
-    assert communicate(transport="peer") == ("transport", (2048, 64, BF16))
+    assert communicate(transport="peer", tune="off") == ("transport", (2048, 64, BF16))
     assert install.state.notes == ()  # nothing asked for them
+    assert communicate(transport="peer", min_tokens=99) == ("transport", (2048, 64, BF16))
+    assert install.state.notes == ()
 
 
 @pytest.mark.parametrize("tune", ["off", "auto"])
 def test_copy_engines_that_were_asked_for_and_cannot_be_made_are_an_error(tune, communicate):
     with pytest.raises(DisagreementError, match="no copy engines here"):
         communicate(transport="peer", ctas=0, tune=tune)
+
+
+@pytest.fixture
+def not_measurable(monkeypatch):
+    """Return what lets a GPU server measure in vain, and gives its state and its runtime."""
+
+    def measure(*_):
+        raise NotMeasurableError("no time")
+
+    monkeypatch.setattr(tuner, "measure", measure)
+    monkeypatch.setattr(install, "_key", lambda _: None)
+    monkeypatch.setattr(install, "as_group", lambda _: None)
+
+    def run(pp_size=1, **options):
+        state = install.State(TokenWeaveConfig(enabled=True, **options), pp_size=pp_size)
+        monkeypatch.setattr(install, "state", state)
+        place = SimpleNamespace(group=SimpleNamespace(cpu_group=None))
+        state.runtime = SimpleNamespace(model=SimpleNamespace(place=place), is_active=True)
+        install._measure(None, state.runtime)
+        return state
+
+    return run
+
+
+def test_what_was_not_measured_runs_stock_unless_a_transport_is_named(not_measurable):
+    state = not_measurable()
+    assert (state.is_active, state.reasons) == (False, ("no tuned table: no time",))
+    state = not_measurable(pp_size=2)
+    assert state.reasons == ("no tuned table: not measured with pipeline stages",)
+    state = not_measurable(transport="peer", strict=True)
+    assert (state.is_active, state.notes) == (True, ("tuned table: no time",))
+    for asked in ({"tune": "force", "transport": "peer"}, {}):
+        with pytest.raises(install.RefusedError, match="no time"):
+            not_measurable(strict=True, **asked)

@@ -20,10 +20,10 @@ _NO_MESSAGES = ("timeline/page.py", "timeline/words.py")  # a page, and what is 
 _SHELL = ("launch/**/*.sh",)
 _DEVICE = ("cuda/*.cu", "cuda/*.cuh")
 # Calls that tell people something, by the name of the function or method.
-_CALLS = {"error", "warning", "exception", "critical", "_warn"}
+_CALLS = {"error", "warning", "exception", "critical", "_warn", "_decline"}
 _PRINTS = {"print", "say"}  # where an exception is handled
 # Functions that return other texts than reasons and problems.
-_NOT_MESSAGES = {"_summary", "summary", "_describe", "_thresholds", "_column"}
+_NOT_MESSAGES = {"_summary", "summary", "_describe", "who_decides", "_column"}
 _NOT_MESSAGES |= {"_where", "_why", "_verdict"}  # what `explain` says
 _LEAST_WORDS = 3  # of a returned or collected text that is no name and no format
 
