@@ -1,19 +1,22 @@
-"""The bars that whole prefills must clear, judged on a file of results."""
+"""The bars that prefills and decodes of whole models must clear, judged on a file of results."""
+
+import re
 
 from benchmarks.bars import Judged, Verdict
 from benchmarks.prefill_table import BOUND, Rows, ours, stock
 from benchmarks.roles import by_size, shapes
 from benchmarks.schema import Result
 
-# The fastest stock over ours, at least, by tokens; on two H200, and on four (the paper's figure).
+# The fastest stock over ours, at least, by tokens of a prefill; on two H200, and on four (the
+# paper's figure). However many layers there are: of few, the first and the last weigh more.
 SPEED_UPS = {
-    "tp8rank-8l-tp2": {1024: 1.20, 2048: 1.25, 4096: 1.28, 8192: 1.30},
-    "llama-3-8b-8l-tp2": {1024: 1.05, 2048: 1.08, 4096: 1.15, 8192: 1.13},
-    "llama-3.3-70b-8l-tp2": {1024: 1.08, 2048: 1.09, 4096: 1.10, 8192: 1.10},
-    "llama-3.3-70b-8l-tp4": {8192: 1.13},
+    "tp8rank-tp2": {1024: 1.20, 2048: 1.25, 4096: 1.28, 8192: 1.30},
+    "llama-3-8b-tp2": {1024: 1.05, 2048: 1.08, 4096: 1.15, 8192: 1.13},
+    "llama-3.3-70b-tp2": {1024: 1.08, 2048: 1.09, 4096: 1.10, 8192: 1.10},
+    "llama-3.3-70b-tp4": {8192: 1.13},
 }
 # Ours over the same model without communication, at most.
-BOUNDS = {"tp8rank-8l-tp2": {2048: 1.05, 8192: 1.00}}
+BOUNDS = {"tp8rank-tp2": {2048: 1.05, 8192: 1.00}}
 CPU = 2.2  # times stock's at most, per layer
 NOISE = 1.015  # the planner's choice over stock as it comes, at most, anywhere
 
@@ -30,12 +33,13 @@ def judge(result: Result) -> list[Judged]:
         judged
         for shape in shapes(result)
         for tokens, rows in by_size(result, shape).items()
-        for judged in _size(shape, tokens, rows)
+        for judged in _size(result.bench, shape, tokens, rows)
     ]
 
 
-def _size(shape: str, tokens: int, rows: Rows) -> list[Judged]:
+def _size(bench: str, shape: str, tokens: int, rows: Rows) -> list[Judged]:
     """Return what there is to judge at one size."""
+    model = re.sub(r"-\d+l-", "-", shape) if bench == "prefill" else ""
     best, mine, bound = stock(rows), ours(rows), rows.get(BOUND)
     if best is None or mine is None:
         return [Judged(f"{shape}: ours and stock", tokens, Verdict.MISSING, "")]
@@ -45,11 +49,11 @@ def _size(shape: str, tokens: int, rows: Rows) -> list[Judged]:
         verdict = Verdict.PASS if kept else Verdict.FAIL
         found.append(Judged(f"{shape}: {bar}", tokens, verdict, f"{ratio:.3f}, {limit}"))
 
-    least = SPEED_UPS.get(shape, {}).get(tokens)
+    least = SPEED_UPS.get(model, {}).get(tokens)
     if least is not None:
         ratio = best.time_us / mine.time_us
         add(f"{best.variant} / {mine.variant}", ratio, ratio >= least, f"at least {least:.2f}")
-    most = BOUNDS.get(shape, {}).get(tokens)
+    most = BOUNDS.get(model, {}).get(tokens)
     if most is not None and bound is not None:
         ratio = mine.time_us / bound.time_us
         add(f"{mine.variant} / {BOUND}", ratio, ratio <= most, f"at most {most:.2f}")

@@ -37,7 +37,7 @@ def _report(path: Path, plots: Path | None, *, check: bool) -> bool:
 
 
 def _check(result: Result) -> bool:
-    judge = prefill_bars.judge if result.bench == "prefill" else bars.judge
+    judge = prefill_bars.judge if result.bench in ("prefill", "decode") else bars.judge
     judged = judge(result)
     cells = [(each.bar, str(each.tokens), each.verdict.value, each.numbers) for each in judged]
     print("\n".join(table.markdown(("bar", "tokens", "verdict", "numbers"), cells)))

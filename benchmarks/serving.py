@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, save after each round and print; return 0, 1 if a server or load failed, or 2."""
+    """Measure, save after each load and print; return 0, 1 if a server or load failed, or 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
         with _model(options) as model, _servers(options, model) as together:
             for number in range(options.rounds):
-                _round(options, model, number, seen, together)
-                result = Result("serving", meta, _rows(seen))
-                result.save(options.output)
+                for _ in _round(options, model, number, seen, together):
+                    result = Result("serving", meta, _rows(seen))
+                    result.save(options.output)
     except (ServerError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -158,8 +158,8 @@ def _round(
     number: int,
     seen: dict[tuple[str, str], list[Outcome]],
     together: dict[str, int],
-) -> None:
-    """Run all loads on all servers once; another server is the first in the next round."""
+) -> Iterator[None]:
+    """Run all loads on all servers once, yielding after each; another server is first each time."""
     servers = contenders(options)
     first = number % len(servers)
     ordered = servers[first:] + servers[:first]
@@ -177,10 +177,12 @@ def _round(
     for each in loads if together else ():
         for contender in ordered:
             drive(contender, together[contender.variant], *each)
+            yield
     for contender in () if together else ordered:
         with _server(options, model, contender) as port:
             for each in loads:
                 drive(contender, port, *each)
+                yield
 
 
 def _batches(port: int) -> dict[str, Any]:

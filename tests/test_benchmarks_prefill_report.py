@@ -91,3 +91,13 @@ def test_a_report_judges_prefills_too(tmp_path, capsys):
     result_of(smoke=True).save(path)
     assert report.main([str(path), "--check"]) == 2
     assert "a smoke test's times mean nothing" in capsys.readouterr().err
+
+
+def test_a_deeper_model_has_the_same_bars_and_decodes_have_their_own():
+    deep = judged(result_of(shape="tp8rank-80l-tp2"))
+    assert deep["tp8rank-80l-tp2: stock/raised / weave/copy", 1024].verdict is Verdict.PASS
+    times = {"stock/default": 6000.0, "stock/raised": 5900.0, "auto": 6200.0}
+    decode = replace(result_of(times), bench="decode")
+    bars = {bar for bar, _ in judged(decode)} - {f"{SHAPE}: CPU of auto / stock/raised"}
+    assert bars == {f"{SHAPE}: auto / stock/default"}
+    assert judged(decode)[f"{SHAPE}: auto / stock/default", 1024].verdict is Verdict.FAIL

@@ -21,7 +21,7 @@ _SHOWS = {
     "op": "the communication op over a link, beside its rivals; the paper's figures 4 to 7 and 10",
     "one_gpu": "the fused kernel without a link",
     "prefill": "prefill latency of a served model; the paper's figures 2, 9 and 11",
-    "decode": "latency of decode batches of a served model",
+    "decode": "a step of decode batches of a served model",
     "serving": "throughput and latency of a whole server under load; the paper's figures 12 and 13",
 }
 
