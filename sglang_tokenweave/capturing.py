@@ -9,12 +9,16 @@ from typing import Any, TypeVar
 import torch
 
 from sglang_tokenweave import refusals, seams, stock_graphs
-from sglang_tokenweave.agreement import DisagreementError, step
+from sglang_tokenweave.agreement import DisagreementError, as_group, step
 from sglang_tokenweave.graphs import WovenGraphs
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stock_graphs import StockGraphs
 
 logger = logging.getLogger(__name__)
+# What capturing the weave's graphs may take before a server answers, and what of the GPU's memory
+# they may hold.
+MOST_S = 60.0
+MOST_OF_MEMORY = 0.02
 T = TypeVar("T")
 
 
@@ -29,19 +33,25 @@ def why_not(model_runner: Any, runtime: Runtime) -> str | None:
     return refusals.graph_reason(model_runner.prefill_attention_backend_str)
 
 
-def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenGraphs:
-    """Capture a graph for each number of tokens, as the runtime's table has it now.
+def capture(model_runner: Any, runtime: Runtime, size: int) -> WovenGraphs:
+    """Capture the graph of a number of tokens, as the runtime's table has it now.
 
     A collective call.
 
     Raises:
         DisagreementError: on all ranks, if capturing failed on any.
     """
+    graphs = _none_yet(model_runner, runtime)
+    _add(graphs, model_runner, runtime, size)
+    return graphs
+
+
+def _none_yet(model_runner: Any, runtime: Runtime) -> WovenGraphs:
     layer = runtime.model.inner.layers[runtime.model.inner.start_layer]
     attention = getattr(layer, runtime.model.architecture.attention)
 
     def make() -> WovenGraphs:
-        graphs = WovenGraphs(
+        return WovenGraphs(
             runtime.weave,
             runtime.transport,
             runtime.buffer,
@@ -50,11 +60,18 @@ def capture(model_runner: Any, runtime: Runtime, sizes: Sequence[int]) -> WovenG
             partial(seams.forward_batch, model_runner, is_decode=False),
             model_runner.model_config.context_len,
         )
-        with seams.forward_context(model_runner):
-            graphs.capture((size, runtime.plan_to_capture(size)) for size in sizes)
-        return graphs
 
     return step("capturing", runtime.model.place.group.cpu_group, lambda: _say_why(make))
+
+
+def _add(
+    graphs: WovenGraphs, model_runner: Any, runtime: Runtime, size: int, least_tokens: int = 1
+) -> None:
+    def add() -> None:
+        with seams.forward_context(model_runner):
+            graphs.capture(size, runtime.plan_to_capture(size), least_tokens)
+
+    step("capturing", runtime.model.place.group.cpu_group, lambda: _say_why(add))
 
 
 def _say_why(capture: Callable[[], T]) -> T:
@@ -97,22 +114,45 @@ def capture_planned(model_runner: Any, runtime: Runtime) -> None:
 def capture_all(model_runner: Any, runtime: Runtime) -> WovenGraphs | None:
     """Capture for the sizes of stock's graphs that are woven, and say so; None: none is.
 
-    A collective call.
+    The largest first, which gain the most; when the time or the memory is used up, the others run
+    stock. A collective call.
 
     Raises:
         DisagreementError: on all ranks, if capturing failed on any.
     """
-    sizes = runtime.sizes_to_capture(seams.graph_sizes(model_runner))
+    every = sorted(seams.graph_sizes(model_runner))
+    sizes = runtime.sizes_to_capture(every)
     if not sizes:
         return None
+    group = as_group(runtime.model.place.group.cpu_group)
     free_bytes, began = torch.cuda.mem_get_info()[0], time.perf_counter()
-    graphs = capture(model_runner, runtime, sizes)
+
+    def spent() -> tuple[float, int]:
+        return time.perf_counter() - began, free_bytes - torch.cuda.mem_get_info()[0]
+
+    graphs = _none_yet(model_runner, runtime)
+    for size in reversed(sizes):
+        smaller = [each for each in every if each < size]
+        _add(graphs, model_runner, runtime, size, least_tokens=max(smaller, default=0) + 1)
+        if any(map(_is_too_much, group.gather(spent()))):
+            break
     if runtime.transport.rank == 0:
+        seconds, taken = spent()
         logger.info(
-            "TokenWeave captured %d CUDA graphs of up to %d tokens in %.1f s, %.2f GiB",
-            len(sizes),
+            "TokenWeave captured %d CUDA graphs of %d to %d tokens in %.1f s, %.2f GiB%s",
+            len(graphs.shapes),
+            graphs.shapes[0].num_tokens,
             sizes[-1],
-            time.perf_counter() - began,
-            (free_bytes - torch.cuda.mem_get_info()[0]) / 2**30,
+            seconds,
+            taken / 2**30,
+            ""
+            if len(graphs.shapes) == len(sizes)
+            else f"; that is as much as may be, so {len(sizes) - len(graphs.shapes)} smaller ones "
+            "were left out",
         )
     return graphs
+
+
+def _is_too_much(spent: tuple[float, int]) -> bool:
+    seconds, taken = spent
+    return seconds > MOST_S or taken > MOST_OF_MEMORY * torch.cuda.mem_get_info()[1]

@@ -7,9 +7,9 @@ padded at its end. What differs between two batches of a size is read from memor
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -70,32 +70,36 @@ class WovenGraphs:
         self._pool_rows = self._positions.new_zeros(2, REQUEST_SLOTS)
         # Attention leaves rows of padding unwritten: whatever is there must be finite.
         self._attention = like.new_zeros(rows, attention_columns)
+        # Of both halves, whose last share may be short: one graph runs at a time.
+        owned = -(-rows // transport.world_size) + len(backends)
+        self._residual = like.new_zeros(owned, like.shape[1])
         self._graphs: dict[int, _WovenGraph] = {}
         self.shapes: tuple[GraphShape, ...] = ()
 
-    def capture(self, plans: Iterable[tuple[int, Plan]]) -> None:
-        """Capture a graph for each number of tokens, the largest first: others fit its memory."""
-        pool = seams.graph_pool()
-        stream = torch.cuda.Stream(self._buffer.tensor.device)  # type: ignore[no-untyped-call] # torch's gap
-        for num_tokens, plan in sorted(plans, key=lambda entry: -entry[0]):
-            began = time.perf_counter()
-            self._graphs[num_tokens] = self._capture(num_tokens, plan, pool, stream)
-            shape = GraphShape(num_tokens, plan.cut, REQUEST_SLOTS)
-            self.shapes = tuple(sorted((*self.shapes, shape)))
-            seconds = time.perf_counter() - began
-            logger.debug("woven graph of %d tokens captured in %.2f s", num_tokens, seconds)
+    @cached_property
+    def _stream(self) -> Any:
+        """Return the stream of all captures: a graph reuses what one on the same stream left."""
+        return torch.cuda.Stream(self._buffer.tensor.device)  # type: ignore[no-untyped-call] # torch's gap
 
     @torch.no_grad()
-    def _capture(
-        self, num_tokens: int, plan: Plan, pool: Any, stream: torch.cuda.Stream
-    ) -> _WovenGraph:
+    def capture(self, num_tokens: int, plan: Plan, least_tokens: int = 1) -> None:
+        """Capture the graph of a number of tokens; after a larger one it fits that one's memory.
+
+        Args:
+            plan: a woven one.
+            least_tokens: smaller batches are not for this graph.
+        """
+        began = time.perf_counter()
         halves = self._halves(num_tokens, plan.cut)
         with gemm_sms.beside(plan.ctas, self._buffer.tensor.device):
-            return _WovenGraph(self._record(halves, plan, pool, stream), halves)
+            self._graphs[num_tokens] = _WovenGraph(self._record(halves, plan), halves)
+        shape = GraphShape(num_tokens, plan.cut, REQUEST_SLOTS, least_tokens)
+        self.shapes = tuple(sorted((*self.shapes, shape)))
+        seconds = time.perf_counter() - began
+        logger.debug("woven graph of %d tokens captured in %.2f s", num_tokens, seconds)
 
-    def _record(
-        self, halves: tuple[Half, Half], plan: Plan, pool: Any, stream: torch.cuda.Stream
-    ) -> torch.cuda.CUDAGraph:
+    def _record(self, halves: tuple[Half, Half], plan: Plan) -> torch.cuda.CUDAGraph:
+        pool, stream = seams.graph_pool(), self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -112,14 +116,14 @@ class WovenGraphs:
         self._fill_requests(
             (Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,)))
         )
-        first = self._half(0, 0, cut)
-        second = self._half(1, cut, num_tokens)
+        first = self._half(0, 0, cut, self._residual)
+        second = self._half(1, cut, num_tokens, self._residual[first.residual.shape[0] :])
         for half, backend in zip((first, second), self._backends, strict=True):
             backend.init_forward_metadata_out_graph(half.batch, in_capture=True)
         second.prepare = partial(self._prepare_attention, (first, second))
         return first, second
 
-    def _half(self, index: int, start: int, stop: int) -> Half:
+    def _half(self, index: int, start: int, stop: int, residual: torch.Tensor) -> Half:
         slot = self._buffer.slot(start, stop)
         owned = slot.owned_rows(self._transport.rank, self._transport.world_size)
         positions = self._positions[start:stop]
@@ -146,7 +150,7 @@ class WovenGraphs:
         )
         return Half(
             slot=slot,
-            residual=torch.zeros_like(slot.tensor[owned]),
+            residual=residual[: owned.stop - owned.start],
             positions=positions,
             batch=batch,
             context=partial(seams.attention_context, self._backends[index], batch),

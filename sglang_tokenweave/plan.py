@@ -48,6 +48,7 @@ class GraphShape(NamedTuple):
     num_tokens: int  # at most
     cut: int  # at least one token more
     num_requests: int  # at most
+    least_tokens: int = 1  # below, stock has a graph that pads less, and we have none
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def _weave_in_graph(
 ) -> Plan:
     """Weave as captured: to look for a cut of its own would take up to a millisecond."""
     graph = next(graph for graph in graphs if batch.num_tokens <= graph.num_tokens)
+    if batch.num_tokens < graph.least_tokens:
+        return Plan(Kind.OFF, reason="no woven graph of this size was captured")
     if batch.num_tokens <= graph.cut:
         return Plan(Kind.OFF, reason="too few tokens for the second half of a woven graph")
     if len(batch.lengths) > graph.num_requests:

@@ -1,5 +1,6 @@
 """What a batch becomes before the graph of its woven forward is launched, without a GPU."""
 
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -8,10 +9,11 @@ import torch
 from batches import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import World
 
-from sglang_tokenweave import seams
+from sglang_tokenweave import capturing
 from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
-from sglang_tokenweave.plan import BatchShape, Kind, Mode, Plan
+from sglang_tokenweave.plan import BatchShape, GraphShape, Kind, Mode, Plan
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.split import cut_batch, cut_requests
 from sglang_tokenweave.transport import SymmetricBuffer
@@ -30,7 +32,7 @@ class Backend:
 class Graphs(WovenGraphs):
     """Launches nothing, there is no GPU, but the preparation of attention."""
 
-    def _record(self, halves, plan, pool, stream):
+    def _record(self, halves, plan):
         return SimpleNamespace(replay=halves[1].prepare)
 
 
@@ -44,10 +46,7 @@ def make_graphs(rank):
         make_batch=lambda **fields: SimpleNamespace(**fields),
         max_context=100,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seams, "graph_pool", lambda: None)
-        patch.setattr(torch.cuda, "Stream", lambda device: None)
-        made.capture([(SIZE, PLAN)])
+    made.capture(SIZE, PLAN)
     return made
 
 
@@ -113,3 +112,80 @@ def is_padded(static, rows):
     """Assert that `static` holds `rows` and zeros behind them."""
     assert torch.equal(static[: rows.shape[0]], rows.to(static.dtype))
     assert not static[rows.shape[0] :].any()
+
+
+@given(
+    cuts=st.lists(st.integers(1, 47), min_size=2, max_size=3, unique=True), rank=st.integers(0, 1)
+)
+@settings(deadline=None)
+def test_all_graphs_share_one_residual_and_the_halves_of_each_do_not(cuts, rank):
+    graphs = make_graphs(rank)
+    for index, cut in enumerate(cuts):
+        graphs.capture(SIZE + 1 + index, Plan(Kind.WEAVE, cut, 0, 4))
+    memory = graphs._residual
+    for woven in graphs._graphs.values():
+        a, b = (half.residual for half in woven.halves)
+        assert a.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+        assert b.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+        assert (a.storage_offset(), b.storage_offset()) == (0, a.numel())
+        assert a.numel() + b.numel() <= memory.numel()
+        for half in woven.halves:
+            owned = half.slot.owned_rows(rank, WORLD_SIZE)
+            assert half.residual.shape == half.slot.tensor[owned].shape
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken", "captured"),
+    [
+        ((1, 1), (0, 0), (8, 16, 32, 64)),
+        ((1, 25), (0, 0), (16, 32, 64)),  # on the slower rank, 60 are over with the third
+        ((1, 1), (0.009, 0.001), (16, 32, 64)),  # likewise of the memory, 0.02 of it
+        ((61, 1), (0, 0), (64,)),
+    ],
+)
+def test_what_capturing_may_take_is_bounded_alike_on_all_ranks(
+    seconds, taken, captured, monkeypatch, caplog
+):
+    """The largest sizes are captured until one rank has used up its time or its memory."""
+    caplog.set_level("INFO")
+    clock = threading.local()
+    monkeypatch.setattr(
+        capturing, "time", SimpleNamespace(perf_counter=lambda: getattr(clock, "now", 0))
+    )
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda: (1000 - getattr(clock, "taken", 0), 1000)
+    )
+
+    def run(group):
+        sizes = (4, 8, 16, 32, 64)
+        runner = SimpleNamespace(
+            prefill_cuda_graph_runner=SimpleNamespace(capture_num_tokens=sizes)
+        )
+        place = SimpleNamespace(group=SimpleNamespace(cpu_group=group))
+        runtime = SimpleNamespace(
+            model=SimpleNamespace(place=place),
+            transport=SimpleNamespace(rank=group.rank),
+            sizes_to_capture=lambda every: tuple(size for size in every if size > 4),
+        )
+        graphs = SimpleNamespace(shapes=())
+
+        def add(graphs, model_runner, runtime, size, least_tokens):
+            clock.now = getattr(clock, "now", 0) + seconds[group.rank]
+            clock.taken = getattr(clock, "taken", 0) + 1000 * taken[group.rank]
+            graphs.shapes = (GraphShape(size, 0, 1, least_tokens), *graphs.shapes)
+
+        local[group.rank] = (graphs, add)
+        return capturing.capture_all(runner, runtime).shapes
+
+    local = {}
+    monkeypatch.setattr(capturing, "_none_yet", lambda _, runtime: local[runtime.transport.rank][0])
+    monkeypatch.setattr(
+        capturing, "_add", lambda *of, **named: local[of[2].transport.rank][1](*of, **named)
+    )
+    first, second = World(2).run(run)
+    assert first == second
+    assert tuple(shape.num_tokens for shape in first) == captured
+    assert [shape.least_tokens for shape in first] == [size // 2 + 1 for size in captured]
+    (said,) = (text for text in caplog.messages if "TokenWeave captured" in text)
+    assert f"{len(captured)} CUDA graphs of {captured[0]} to 64 tokens" in said
+    assert ("left out" in said) is (len(captured) < 4)

@@ -310,6 +310,11 @@ def test_what_no_graph_holds_is_left_to_stock_up_to_the_largest():
     assert graph_plan(512).kind is Kind.OFF  # nothing would be left for the second half
     assert graph_plan(*5 * [200]).reason == "more requests than a woven graph holds"
     assert graph_plan(*4 * [250]).graph_tokens == 1024
+    smallest = (GraphShape(1024, 512, 4, least_tokens=897), *GRAPHS[1:])
+    assert graph_plan(897, graphs=smallest).graph_tokens == 1024
+    assert graph_plan(896, graphs=smallest) == Plan(
+        Kind.OFF, reason="no woven graph of this size was captured"
+    )
 
 
 def test_batches_larger_than_every_graph_and_decodes_go_without():

@@ -200,7 +200,7 @@ def woven(model, tp, emulation, flags):
     with server(model, tp, "tokenweave", (*flags, "--tokenweave-strict"), emulation) as running:
         found = ask_all(running)
         state, log = running.tokenweave(), running.log()
-    assert "TokenWeave captured 4 CUDA graphs of up to 2048 tokens" in log
+    assert "TokenWeave captured 4 CUDA graphs of 256 to 2048 tokens" in log
     assert state["notes"] == []
     assert state["batches"]["prefill"]["weave"] >= len(PROMPTS)
     assert state["cuts"]["inside"] > 0

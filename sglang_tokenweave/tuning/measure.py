@@ -122,7 +122,7 @@ class Meter:
             return None
         if candidate not in self._woven:
             try:
-                graphs = capturing.capture(self._model_runner, self._runtime, (tokens,))
+                graphs = capturing.capture(self._model_runner, self._runtime, tokens)
             except DisagreementError:  # on all ranks: such a server would do without, too
                 graphs = None
             self._woven[candidate] = graphs
