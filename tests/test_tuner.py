@@ -1,15 +1,17 @@
 """Which table is used: given, kept, or none; what ranks make of different ones."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from in_process import World
 from tuned_tables import KEY, WEAVE, bucket, table
 
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.config import ConfigError, TokenWeaveConfig
-from sglang_tokenweave.tuning import cache, given, tuner
+from sglang_tokenweave.tuning import cache, given, here, tuner
 from sglang_tokenweave.tuning.nodes import TableError
 from sglang_tokenweave.tuning.text import to_text
 
@@ -199,3 +201,13 @@ def test_a_named_file_is_checked_before_anything_starts(path, tmp_path):
 def test_options(options, message):
     with pytest.raises(ConfigError, match=message):
         config(**options)
+
+
+def test_a_machine_without_nvml_has_a_key_too(monkeypatch, caplog):
+    def fail():
+        raise OSError("no libnvidia-ml.so.1")
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=fail))
+    assert here._driver(torch.device("cuda", 0)) == "unknown"
+    assert "cannot tell the driver that a tuned table is of: no libnvidia" in caplog.text
+    assert here._driver(torch.device("cpu")) == "none"

@@ -2,12 +2,15 @@
 
 import importlib
 import importlib.metadata
+import logging
 from typing import Any
 
 import torch
 
 from sglang_tokenweave import __version__, architectures
 from sglang_tokenweave.tuning.table import Key
+
+logger = logging.getLogger(__name__)
 
 
 def key_of(
@@ -42,9 +45,13 @@ def _gpu(device: torch.device) -> str:
 def _driver(device: torch.device) -> str:
     if device.type != "cuda":
         return "none"
-    nvml = importlib.import_module("pynvml")  # SGLang needs it on GPUs
-    nvml.nvmlInit()
     try:
-        return str(nvml.nvmlSystemGetDriverVersion())
-    finally:
-        nvml.nvmlShutdown()
+        nvml = importlib.import_module("pynvml")  # SGLang's GPU installation brings it
+        nvml.nvmlInit()
+        try:
+            return str(nvml.nvmlSystemGetDriverVersion())
+        finally:
+            nvml.nvmlShutdown()
+    except Exception as error:  # noqa: BLE001 - some containers lack NVML; they can weave all the same
+        logger.warning("TokenWeave cannot tell the driver that a tuned table is of: %s", error)
+        return "unknown"
