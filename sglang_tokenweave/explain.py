@@ -73,7 +73,8 @@ def lines(found: Explanation) -> Iterator[str]:
 
 def _plan(plan: Plan) -> str:
     words = [f"cut after {plan.cut}" if plan.cut else ""]
-    words += [f"{plan.ctas} CTAs beside" if plan.ctas else ""]
+    if plan.cut:
+        words += [f"{plan.ctas} CTAs beside" if plan.ctas else "copy engines beside"]
     words += [f"{plan.fuse_ctas} CTAs alone" if plan.fuse_ctas else ""]
     shown = ", ".join(word for word in words if word)
     return f"{plan.kind} ({shown})" if shown else str(plan.kind)

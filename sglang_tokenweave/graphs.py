@@ -22,8 +22,9 @@ from sglang_tokenweave.weave import Half
 
 logger = logging.getLogger(__name__)
 
-# Attention kernels are captured for so many; unused ones have no tokens and cost next to nothing.
-REQUEST_SLOTS = 32
+# Attention kernels are captured for so many: chunks of 8192 tokens hold some fifty chat prompts.
+# Unused ones have no tokens and cost next to nothing, but for a row of attention's table.
+REQUEST_SLOTS = 64
 _WARM_UPS = 2  # the first loads kernels, the second finds every workspace allocated
 
 

@@ -1,6 +1,7 @@
 """`explain`: what it says of batches that were measured, lie between, below and above."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tuned_tables import FUSE, KEY, WEAVE, bucket, table
@@ -12,6 +13,7 @@ from sglang_tokenweave.tuning.rows import plan_table
 from sglang_tokenweave.tuning.text import to_text
 from sglang_tokenweave.waves import predicted_us
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "h200-tp8rank-tp2.yaml"
 TABLE = table(
     bucket(256, fuse=99.0, weave=99.5),
     bucket(1024, WEAVE),
@@ -120,3 +122,9 @@ def test_bad_tables(path, tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text(to_text(table()))
     assert explain.main(["--table", str(tmp_path / "empty.yaml"), "--tokens", "5"]) == 2
     assert "the table holds no sizes of mode prefill" in capsys.readouterr().err
+
+
+def test_the_copy_engines_are_named_beside_the_computation(capsys):
+    out = said(capsys, "--table", str(EXAMPLE), "--tokens", "8192")
+    assert out.startswith("prefill, 8192 tokens of 1 requests: weave (cut after 4096, copy engines")
+    assert "off  " in out

@@ -1,6 +1,7 @@
 """The tuned table: its file, its errors, what is chosen, and what the planner makes of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from sglang_tokenweave.tuning.table import (
 from sglang_tokenweave.tuning.text import MOST_BYTES, from_text, read_file, to_text
 from sglang_tokenweave.waves import best_cut, extra_permille
 
+ROOT = Path(__file__).resolve().parents[1]
 GOOD = table(
     bucket(64), bucket(1024, WEAVE), bucket(2048, WEAVE), bucket(8, FUSE, Mode.DECODE, weave=95.0)
 )
@@ -300,3 +302,21 @@ def test_copy_engines_are_told_by_zero_ctas_and_need_the_transport_peer():
     assert not plan_table(table(bucket(64, WEAVE))).needs_copy_engines
     with pytest.raises(ValueError, match="'multicast'; the copy engines serve the transport peer"):
         replace(found, key=replace(KEY, transport="multicast"))
+
+
+def test_what_two_gpus_measured_bears_out_the_search_and_the_cut():
+    """Of a table from two H200: the choice beats all that ran, the planner's cut its neighbours.
+
+    Both within 2 %, of which the medians' own spreads are half.
+    """
+    found, _ = read_file(ROOT / "examples" / "h200-tp8rank-tp2.yaml")
+    assert [each.tokens for each in found.of_mode(Mode.PREFILL)] == [64 << n for n in range(8)]
+    moved = 0
+    for size in found.buckets:
+        us = {each.candidate: each.us for each in size.measured}
+        assert us[size.chosen] <= 1.02 * min(us.values())
+        here = replace(size.chosen, cut_offset=0)
+        cuts = [us[one] for one in us if replace(one, cut_offset=0) == here]
+        assert us[here] <= 1.02 * min(cuts)
+        moved += len(cuts) > 1
+    assert moved == 4
