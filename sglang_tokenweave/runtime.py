@@ -40,15 +40,12 @@ from sglang_tokenweave.split import (
 )
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
-from sglang_tokenweave.waves import LayerShape
+from sglang_tokenweave.waves import ROW_STEP, LayerShape
 from sglang_tokenweave.weave import Context, Half, Stage
 
 logger = logging.getLogger(__name__)
 
 _Part = tuple[Any, Context]  # a ForwardBatch, and SGLang's forward context of it
-
-# GEMMs take steps of so many rows: a first half that ends between two pays for the next one.
-_GRAPH_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Runtime:
     def plan_to_capture(self, num_tokens: int) -> Plan:
         """Plan a prefill of so many tokens for a graph."""
         shape = BatchShape(Mode.PREFILL, (num_tokens,))
-        align = _GRAPH_ROWS if num_tokens >= 4 * _GRAPH_ROWS else 1
+        align = ROW_STEP if num_tokens >= 4 * ROW_STEP else 1
         if num_tokens > self.buffer.capacity:
             return Plan(Kind.OFF)
         return plan_batch(shape, self.table, self.model.layer, self.model.num_sms, align=align)

@@ -18,6 +18,8 @@ class Tile(NamedTuple):
     tokens: int
 
 
+# GEMMs take steps of so many rows: a first half that ends between two pays for the next one.
+ROW_STEP = 128
 # cuBLAS on Hopper: at most 32768 accumulators a CTA, kernels in clusters of two along the columns.
 _CLUSTER = 2
 _TILES = [Tile(a, b) for a in (64, 128, 192, 256) for b in range(16, 257, 16) if a * b <= 32768]

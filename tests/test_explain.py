@@ -126,5 +126,5 @@ def test_bad_tables(path, tmp_path, capsys):
 
 def test_the_copy_engines_are_named_beside_the_computation(capsys):
     out = said(capsys, "--table", str(EXAMPLE), "--tokens", "8192")
-    assert out.startswith("prefill, 8192 tokens of 1 requests: weave (cut after 4096, copy engines")
+    assert out.startswith("prefill, 8192 tokens of 1 requests: weave (cut after 3072, copy engines")
     assert "off  " in out

@@ -8,6 +8,7 @@ import pytest
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.search import FINAL_ROUNDS, Space, bucket_sizes, search
 from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF
+from sglang_tokenweave.waves import cut_beside, transformer_layer
 
 SPACE = Space(sms=132, ctas=(0, 4, 8, 16), fuse_ctas=(8, 16, 32))
 SIZES = [
@@ -186,6 +187,30 @@ def test_candidates_fit_the_batch_and_the_gpu():
     assert {each.ctas for each in small.candidates(Mode.PREFILL, 64)} == {0, 4, 8}
     assert decode[0] == OFF
     assert len(set(decode)) == len(decode)
+
+
+def test_the_middle_is_tried_where_the_planner_does_not_cut_there():
+    layer = transformer_layer(
+        hidden=8192,
+        heads=16,
+        kv_heads=2,
+        head_dim=128,
+        intermediate=7168,
+        experts=1,
+        top_k=1,
+        world_size=2,
+    )
+    space = replace(SPACE, layer=layer)
+    for num_tokens in (600, 1024, 4096, 8192):
+        woven = [
+            each
+            for each in space.candidates(Mode.PREFILL, num_tokens)
+            if each.kind is Kind.WEAVE and each.ctas == 0
+        ]
+        cuts = {cut_beside((num_tokens,), layer, 132, each.cut_offset, 128) for each in woven}
+        assert num_tokens // 2 // 128 * 128 in cuts
+        assert len(cuts) == len(woven)
+    assert {each.cut_offset for each in woven} == {0, 1024, -256, 256}
 
 
 @pytest.mark.parametrize(

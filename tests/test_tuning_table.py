@@ -261,6 +261,15 @@ def test_a_gap_is_woven_only_where_its_extra_waves_leave_something_of_the_gain()
     assert seen == {Kind.OFF, Kind.WEAVE}, "the sample holds both"
 
 
+def test_a_gap_is_cut_as_the_planner_does():
+    moved = replace(WEAVE, cut_offset=256)
+    measured = (Measurement(OFF, 100.0, 0.0, 9), Measurement(moved, 50.0, 0.0, 9))
+    sides = [replace(bucket(tokens), chosen=moved, measured=measured) for tokens in (1024, 2048)]
+    plans = plan_table(table(*sides))
+    offsets = [plans.lookup(Mode.PREFILL, tokens).cut_offset for tokens in (1024, 1500, 2048)]
+    assert offsets == [256, 0, 256]
+
+
 def test_a_loss_chosen_by_hand_is_honoured_where_it_was_measured():
     losing = bucket(1024, WEAVE, weave=130.0)
     assert gain_permille(losing) == -300

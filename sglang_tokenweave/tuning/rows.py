@@ -1,5 +1,6 @@
 """From the tuned table to the planner's: what is done at each size, measured or between two."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
@@ -16,7 +17,8 @@ def plan_table(table: Table) -> PlanTable:
     Between two: the one of the two choices that does less, as in the smaller bucket if they are of
     one kind; so nothing is woven that is not woven on both sides. A weave between two also has to
     keep what the sides gained: its cut may add no more waves than the worse of theirs does, plus
-    the share of the time that the lesser of them gained.
+    the share of the time that the lesser of them gained. It is the planner's: how far the best cut
+    of one size was from that tells nothing of another size.
     """
     rows = []
     for mode in (Mode.PREFILL, Mode.DECODE):
@@ -52,7 +54,8 @@ def _gap(key: Key, below: Bucket, above: Bucket) -> PlanRow:
         gain = min(gain_permille(side) for side in sides)
         if gain > 0:  # else a person chose a loss, and knows why
             allowed = max(_extra(key, side) for side in sides) + gain
-    return _row(below.mode, below.tokens + 1, less.chosen, allowed)
+    chosen = replace(less.chosen, cut_offset=0)
+    return _row(below.mode, below.tokens + 1, chosen, allowed)
 
 
 def gain_permille(bucket: Bucket) -> int:

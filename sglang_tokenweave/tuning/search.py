@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.table import (
@@ -15,6 +14,7 @@ from sglang_tokenweave.tuning.table import (
     Measurement,
     choose,
 )
+from sglang_tokenweave.waves import ROW_STEP, LayerShape, cut_beside
 
 # `measure(candidates, mode, tokens, rounds)` returns the times of each candidate, in us, one a
 # round. It runs all of them once in every round: a machine that slows down slows all of them. A
@@ -24,7 +24,7 @@ Measure = Callable[[Sequence[Candidate], Mode, int, int], Sequence[Sequence[floa
 
 FIRST_ROUNDS = 3
 FINAL_ROUNDS = 15  # of the finalists, OFF among them, in all
-CUT_OFFSETS = (0, -256, 256)  # tokens: the height of a tile
+_MOVED = (-256, 256)  # tokens: the height of a tile
 _FIXED_TOKENS = 512  # a batch costs about as much as these many tokens before its first one
 _MEAN_ROUNDS = 7  # of a candidate, by halving
 
@@ -37,6 +37,7 @@ class Space:
     ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
     fuse_ctas: tuple[int, ...]  # of the op alone
     smallest_woven_decode: int = 2  # requests
+    layer: LayerShape | None = None  # of the model: tells the planner's cut from the middle
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`: OFF, then the most promising first."""
@@ -44,17 +45,30 @@ class Space:
         smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
         if num_tokens < smallest:
             return [OFF, *fuses]
-        first, *others = (
-            [
-                Candidate(Kind.WEAVE, offset, ctas, max(self.fuse_ctas))
-                for ctas in self.ctas
-                if self.sms - ctas >= LEAST_SMS
-            ]
-            for offset in CUT_OFFSETS
-            # A half shorter than a quarter hides nothing; requests of one token are cut anywhere.
-            if offset == 0 or (mode is Mode.PREFILL and num_tokens >= 4 * abs(offset))
-        )
-        return [OFF, *first, *fuses, *chain.from_iterable(others)]
+        as_planned = [
+            Candidate(Kind.WEAVE, 0, ctas, max(self.fuse_ctas))
+            for ctas in self.ctas
+            if self.sms - ctas >= LEAST_SMS
+        ]
+        moved = [
+            replace(each, cut_offset=offset)
+            for each in as_planned
+            if mode is Mode.PREFILL  # requests of one token are cut anywhere
+            for offset in self._offsets(num_tokens, each.ctas)
+        ]
+        return [OFF, *as_planned, *fuses, *moved]
+
+    def _offsets(self, num_tokens: int, ctas: int) -> list[int]:
+        """Return how far from the planner's cut others are worth a try: the middle is one.
+
+        The planner saves waves, of whatever GEMM; the middle hides the most communication.
+        """
+        offsets = list(_MOVED)
+        if self.layer is not None and num_tokens >= 4 * ROW_STEP:
+            planned = cut_beside((num_tokens,), self.layer, self.sms - ctas, 0, ROW_STEP)
+            offsets.insert(0, num_tokens // 2 // ROW_STEP * ROW_STEP - planned)
+        # A half shorter than a quarter hides nothing.
+        return [each for each in dict.fromkeys(offsets) if each and num_tokens >= 4 * abs(each)]
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:

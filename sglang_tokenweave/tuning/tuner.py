@@ -143,6 +143,7 @@ def space(
         tuple(dict.fromkeys(ctas)),
         tuple(dict.fromkeys(fuse_ctas)),
         smallest_woven_decode,
+        key.layer,
     )
 
 
