@@ -33,15 +33,20 @@ def why_not(model_runner: Any, runtime: Runtime) -> str | None:
     return refusals.graph_reason(model_runner.prefill_attention_backend_str)
 
 
-def capture(model_runner: Any, runtime: Runtime, size: int) -> WovenGraphs:
+def capture(
+    model_runner: Any, runtime: Runtime, size: int, beside: WovenGraphs | None = None
+) -> WovenGraphs:
     """Capture the graph of a number of tokens, as the runtime's table has it now.
 
     A collective call.
 
+    Args:
+        beside: graphs of the same model, whose memory the new one shares.
+
     Raises:
         DisagreementError: on all ranks, if capturing failed on any.
     """
-    graphs = _none_yet(model_runner, runtime)
+    graphs = _none_yet(model_runner, runtime) if beside is None else beside.sibling()
     _add(graphs, model_runner, runtime, size)
     return graphs
 

@@ -5,6 +5,7 @@ become edges. A graph serves one number of tokens, its size, cut at one place; a
 padded at its end. What differs between two batches of a size is read from memory that stays.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,12 @@ class WovenGraphs:
         self._residual = like.new_zeros(owned, like.shape[1])
         self._graphs: dict[int, _WovenGraph] = {}
         self.shapes: tuple[GraphShape, ...] = ()
+
+    def sibling(self) -> "WovenGraphs":
+        """Return graphs in the same memory, none yet: one graph of all runs at a time."""
+        other = copy.copy(self)
+        other._graphs, other.shapes = {}, ()
+        return other
 
     @cached_property
     def _stream(self) -> Any:

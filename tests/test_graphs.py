@@ -134,6 +134,16 @@ def test_all_graphs_share_one_residual_and_the_halves_of_each_do_not(cuts, rank)
             assert half.residual.shape == half.slot.tensor[owned].shape
 
 
+def test_siblings_share_memory_and_no_graph():
+    graphs = make_graphs(0)
+    other = graphs.sibling()
+    assert (other.shapes, other._graphs) == ((), {})
+    other.capture(SIZE, Plan(Kind.WEAVE, CUT + 1, 0, 4))
+    assert [shape.cut for shape in (*graphs.shapes, *other.shapes)] == [CUT, CUT + 1]
+    for name in ("_input_ids", "_residual", "_attention", "_backends"):
+        assert getattr(other, name) is getattr(graphs, name)
+
+
 @pytest.mark.parametrize(
     ("seconds", "taken", "captured"),
     [

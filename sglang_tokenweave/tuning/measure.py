@@ -51,6 +51,7 @@ class Meter:
         self._as_loaded = {mode: graphs.take() for mode, graphs in self._stock.items()}
         self._captured_size: tuple[Mode, int] | None = None
         self._woven: dict[Candidate, WovenGraphs | None] = {}  # of that size, like the next
+        self._first_woven: WovenGraphs | None = None  # whose memory all others share
         self._in_stock_graphs: dict[Candidate, Taken] = {}
         self._warm: set[tuple[Candidate, Mode, int]] = set()
         self._began = time.perf_counter()
@@ -122,10 +123,13 @@ class Meter:
             return None
         if candidate not in self._woven:
             try:
-                graphs = capturing.capture(self._model_runner, self._runtime, tokens)
+                graphs = capturing.capture(
+                    self._model_runner, self._runtime, tokens, self._first_woven
+                )
             except DisagreementError:  # on all ranks: such a server would do without, too
                 graphs = None
             self._woven[candidate] = graphs
+            self._first_woven = self._first_woven or graphs
         return self._woven[candidate]
 
     def _use_stock_graph(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
