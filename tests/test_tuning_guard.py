@@ -11,16 +11,26 @@ KEY = ("prefill", 1024)
 
 def feed(guard, stock, planned, pairs, draw=None, key=KEY):
     """Run batches until so many pairs are full; return how many it took to drop the plan."""
-    for pair in range(1, pairs + 1):
-        for _ in range(guard.period):
-            is_stock = guard.runs_stock(key)
-            if not guard.is_sampled(key):
-                continue
-            tokens = draw.randint(900, 1100) if draw else 1000
-            us = (stock if is_stock else planned) * tokens
-            us *= draw.gauss(1, 0.02) if draw else 1
-            if guard.add(key, is_stock=is_stock, us=us, num_tokens=tokens):
-                return pair
+    pair = 0
+    while pair < pairs:
+        is_stock = guard.runs_stock(key)
+        if not guard.is_sampled(key):
+            continue
+        tokens = draw.randint(900, 1100) if draw else 1000
+        us = (stock if is_stock else planned) * tokens
+        us *= draw.gauss(1, 0.02) if draw else 1
+        pair += not is_stock
+        if guard.add(key, is_stock=is_stock, us=us, num_tokens=tokens):
+            return pair
+    return None
+
+
+def batches_to_next_pair(guard, key=KEY):
+    """Count the batches up to the second one of the next pair."""
+    for count in range(1, 10**6):
+        guard.runs_stock(key)
+        if guard.is_sampled(key) and guard.buckets[key].batches == guard.buckets[key].period:
+            return count
     return None
 
 
@@ -42,7 +52,7 @@ def test_a_plan_that_loses_every_pair_is_dropped_after_eighteen():
 
 
 def test_a_plan_that_wins_stays():
-    guard = Guard()
+    guard = Guard(period=4)
     assert feed(guard, stock=1.1, planned=1.0, pairs=2000) is None
     assert guard.dropped() == []
 
@@ -51,6 +61,18 @@ def test_a_plan_that_won_for_long_is_dropped_as_fast_as_any_other():
     guard = Guard(period=4)
     assert feed(guard, stock=1.1, planned=1.0, pairs=5000) is None
     assert feed(guard, stock=1.0, planned=1.1, pairs=100) <= 25
+
+
+def test_a_plan_that_proves_itself_is_compared_more_rarely_until_it_loses():
+    guard = Guard(period=4)
+    seen = []
+    for _ in range(4):
+        seen.append(batches_to_next_pair(guard))
+        feed(guard, stock=1.1, planned=1.0, pairs=5)  # so many are a proof
+    assert seen == [4, 16, 64, 64]
+    feed(guard, stock=1.0, planned=1.1, pairs=1)
+    assert batches_to_next_pair(guard) == 4
+    assert guard.dropped() == []
 
 
 def test_buckets_are_judged_apart():

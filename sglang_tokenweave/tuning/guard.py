@@ -8,7 +8,9 @@ The rule is Wald's sequential probability ratio test (1945) of "half of the pair
 against "three quarters are". While the first is true the ratio is a martingale that starts at 1, so
 it reaches 1000 with a probability of at most 1/1000 (Ville's inequality): that is the rate of false
 alarms of a test. A plan that loses every pair is dropped after 18 of them. Where the ratio falls
-below 1/20 the plan has proved itself, and a new test begins: it may lose later.
+below 1/20 the plan has proved itself, and a new test begins: it may lose later. A batch that runs
+stock costs what the plan gains, so each proof makes the pairs four times as rare, up to sixteen
+times; one that is lost makes them as frequent as at first.
 
 All ranks drop together: they count the same batches, pair the same ones, and are fed with the times
 of the slowest rank.
@@ -18,7 +20,8 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-PERIOD = 64  # eligible batches of a bucket from one pair to the next
+PERIOD = 64  # eligible batches of a bucket from one pair to the next, before it has proved itself
+_RARER, _RAREST = 4, 16  # as many times
 _LOST = math.log(0.75 / 0.5)
 _WON = math.log(0.25 / 0.5)
 _DROP = math.log(1000)
@@ -29,7 +32,9 @@ _PROVEN = math.log(1 / 20)
 class Bucket:
     """The batches that one row of the table plans."""
 
-    batches: int = 0  # eligible ones
+    period: int
+    next_period: int  # from the end of this one on
+    batches: int = 0  # eligible ones of this period
     stock_us: float | None = None  # for each token, of the pair's first batch
     evidence: float = 0.0  # logarithm of the likelihood ratio: above 0 for "it loses"
     pairs: int = 0
@@ -46,18 +51,18 @@ class Guard:
 
     def runs_stock(self, key: Hashable) -> bool:
         """Count a batch that a row plans; return whether it runs stock all the same."""
-        bucket = self.buckets.setdefault(key, Bucket())
+        bucket = self.buckets.setdefault(key, Bucket(self.period, self.period))
         if bucket.is_dropped:
             return True
+        if bucket.batches == bucket.period:
+            bucket.batches, bucket.period = 0, bucket.next_period
         bucket.batches += 1
-        return bucket.batches % self.period == self.period - 1
+        return bucket.batches == bucket.period - 1
 
     def is_sampled(self, key: Hashable) -> bool:
         """Whether the batch counted last is one of a pair, so that its time is wanted."""
         bucket = self.buckets[key]
-        place = bucket.batches % self.period
-        is_second = place == 0 and bucket.batches > 0
-        return not bucket.is_dropped and (is_second or place == self.period - 1)
+        return not bucket.is_dropped and bucket.batches >= bucket.period - 1
 
     def add(self, key: Hashable, *, is_stock: bool, us: float, num_tokens: int) -> bool:
         """Take a sampled batch's time on the slowest rank; return whether that drops the plan."""
@@ -72,8 +77,11 @@ class Guard:
         bucket.pairs += 1
         bucket.lost += is_lost
         bucket.evidence += _LOST if is_lost else _WON
+        if is_lost:
+            bucket.next_period = self.period
         if bucket.evidence < _PROVEN:
             bucket.evidence = 0.0
+            bucket.next_period = min(_RARER * bucket.period, _RAREST * self.period)
         bucket.is_dropped = bucket.evidence >= _DROP
         return bucket.is_dropped
 
