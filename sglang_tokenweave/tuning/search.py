@@ -86,9 +86,10 @@ def search(
 ) -> Iterator[Bucket]:
     """Yield a bucket for each size, as it is done, within `budget_s` seconds for all of them.
 
-    Each size gets a share of what is left of the budget, as its work is to that still to come.
-    Where a share is too short for all candidates, those run that were best at the size before. A
-    size that has no time left is not yielded, and the planner leaves such batches alone.
+    The largest prefills come first: they gain the most. Each size gets a share of what is left of
+    the budget, as its work is to that still to come. Where a share is too short for all candidates,
+    those run that were best at the size before. A size that has no time left is not yielded, and
+    the planner leaves such batches alone.
 
     Args:
         sizes: modes and tokens of the batches.
@@ -97,10 +98,11 @@ def search(
         spent_s: seconds since the search began, the same on all ranks.
         budget_s: a call of `measure` that would end later, by what is known, is not made.
     """
-    ordered = sorted(sizes, key=lambda size: (size[0] is Mode.DECODE, size[1]))
+    ordered = sorted(sizes, key=lambda size: (size[0] is Mode.DECODE, -size[1]))
     if not ordered or spent_s() >= budget_s:
         return
-    costs = _probe(ordered, space, measure, spent_s)
+    smallest_first = sorted(sizes, key=lambda size: (size[0] is Mode.DECODE, size[1]))
+    costs = _probe(smallest_first, space, measure, spent_s)
     ranking: list[Candidate] = []  # of the size before, the best first
     while ordered:
         without_time: list[tuple[Mode, int]] = []
