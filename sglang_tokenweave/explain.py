@@ -58,7 +58,7 @@ def _batch(mode: Mode, tokens: str) -> BatchShape:
 def lines(found: Explanation) -> Iterator[str]:
     """Yield the explanation for people."""
     tokens, requests = found.batch.num_tokens, len(found.batch.lengths)
-    yield f"{found.batch.mode}, {tokens} tokens of {requests} requests: {_plan(found.plan)}"
+    yield f"{found.batch.mode}, {tokens} tokens of {requests} requests: {_summary(found.plan)}"
     yield from found.why
     yield ""
     measured = [_column(found.below), _column(found.above)]
@@ -71,7 +71,7 @@ def lines(found: Explanation) -> Iterator[str]:
         yield "  ".join(cells)
 
 
-def _plan(plan: Plan) -> str:
+def _summary(plan: Plan) -> str:
     words = [f"cut after {plan.cut}" if plan.cut else ""]
     if plan.cut:
         words += [f"{plan.ctas} CTAs beside" if plan.ctas else "copy engines beside"]
@@ -90,7 +90,7 @@ def _row(each: Alternative) -> tuple[str, str, str, str]:
 
 
 def _name(candidate: Candidate, cut: int) -> str:
-    return _plan(Plan(candidate.kind, cut, candidate.ctas, candidate.fuse_ctas))
+    return _summary(Plan(candidate.kind, cut, candidate.ctas, candidate.fuse_ctas))
 
 
 def _column(tokens: int | None) -> str:
