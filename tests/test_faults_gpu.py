@@ -1,0 +1,136 @@
+"""Faults of a woven server on two GPUs: in its graphs and kernels, under load.
+
+With TOKENWEAVE_FAULTS=FILE.json what was seen is written there, for the reliability page.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import faults
+import pytest
+import recording
+import torch
+from server import Server
+from test_woven_gpu import FLAGS, MODEL, WEAVE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+# Everything is woven: prefills in graphs of ours, decodes of two requests or more in SGLang's.
+WEAVES = {
+    "kernel": (*WEAVE, "--tokenweave-decode-min-tokens", "2"),
+    "copy engines": (*WEAVE, "--tokenweave-decode-min-tokens", "2", "--tokenweave-ctas", "0"),
+}
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "0",
+    "SGLANG_NCCL_SO_PATH": "",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # else SGLang waits for one for a minute
+}
+PAUSE_S = 4
+END_DEADLINE_S = 75  # 30 s of ours, and what SGLang takes to end
+# What a driver keeps of a process that has ended, for a while.
+KEPT_BYTES = 64 * 2**20
+COLUMNS = ("fault", "where", "after", "what the user sees", "leaks")
+ROWS: list[list[str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    yield
+    path = os.environ.get("TOKENWEAVE_FAULTS")
+    if path and ROWS:
+        recording.write(
+            Path(path),
+            title="Faults on two GPUs",
+            command="TOKENWEAVE_FAULTS=... python -m pytest tests/test_faults_gpu.py",
+            columns=COLUMNS,
+            rows=ROWS,
+        )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from sglang_tokenweave.tiny_model import make_tiny_model
+
+    return make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama", "bfloat16", **MODEL)
+
+
+def start(model, weave):
+    flags = (*FLAGS, "--tokenweave-strict", *WEAVES[weave])
+    return Server(model, tp=2, flags=flags, environment=ENVIRONMENT)
+
+
+def used_bytes():
+    return [total - free for free, total in map(torch.cuda.mem_get_info, range(2))]
+
+
+def assert_whole_or_error(outcomes):
+    """What says that it is whole has all tokens; in bfloat16 no two batches give the same ones."""
+    for outcome in outcomes:
+        if outcome.error is None:
+            assert len(outcome.tokens) == outcome.question.num_tokens, outcome
+
+
+def note(fault, where, seconds, sees, leaks):
+    ROWS.append([fault, where, f"{seconds:.1f} s", sees, str(leaks)])
+
+
+@pytest.mark.parametrize("weave", WEAVES)
+def test_a_rank_that_stops_is_waited_for_and_one_that_is_killed_ends_the_server(model, weave):
+    before = used_bytes()
+    with start(model, weave) as server:
+        with faults.clients(server) as clients:
+            os.kill(server.rank_process(1), signal.SIGSTOP)
+            time.sleep(PAUSE_S)
+            os.kill(server.rank_process(1), signal.SIGCONT)
+            began = time.monotonic()
+            after = faults.ask(server, faults.SHORT)
+            outcomes = [*clients.long(), *clients.short(), after]
+        assert not faults.errors(outcomes)
+        assert_whole_or_error(outcomes)
+        sees = "every answer, late"
+        note("a rank is stopped, then continued", f"rank 1, {weave}", after.ended - began, sees, 0)
+
+        state = server.tokenweave()
+        assert state["fallbacks"] == {}
+        assert state["batches"]["decode"]["weave"] > 0
+        with faults.clients(server) as clients:
+            server.note_shared_memory()
+            began = time.monotonic()
+            os.kill(server.rank_process(1), signal.SIGKILL)
+            assert server.wait_until_ended(END_DEADLINE_S) != 0
+            outcomes = [*clients.long(), *clients.short()]
+    seen_to_end(outcomes, server, before, "a rank is killed (SIGKILL)", weave, began)
+
+
+@pytest.mark.parametrize("weave", WEAVES)
+def test_a_rank_that_never_comes_ends_the_server_with_its_name(model, weave):
+    before = used_bytes()
+    with start(model, weave) as server, faults.clients(server) as clients:
+        server.note_shared_memory()
+        began = time.monotonic()
+        stopped = server.rank_process(1)
+        os.kill(stopped, signal.SIGSTOP)
+        assert server.wait_until_ended(END_DEADLINE_S) != 0
+        outcomes = [*clients.long(), *clients.short()]
+    seen_to_end(outcomes, server, before, "a rank is stopped for ever", weave, began)
+    faults.said(
+        server, r"rank 0, CTA \d+ waited \d+ ms for rank 1|a stream has waited \d+ s for flags"
+    )
+
+
+def seen_to_end(outcomes, server, before, fault, weave, began):
+    """Check what clients got of a server that ended, and that nothing is left."""
+    assert_whole_or_error(outcomes)
+    assert faults.errors(outcomes)
+    assert server.left == []
+    ended = max(outcome.ended for outcome in outcomes)
+    for now, then in zip(used_bytes(), before, strict=True):
+        assert now - then <= KEPT_BYTES
+    sees = ", ".join(sorted(faults.errors(outcomes)))
+    note(fault, f"rank 1, {weave}", ended - began, sees, len(server.left))
