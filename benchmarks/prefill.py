@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, save after each length and print; return 0, 1 if a server failed, or 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    options.layers = options.layers or shapes.SHAPES[options.shape].layers
     command = shlex.join(["python", "-m", "benchmarks.prefill", *arguments])
     switches.spread(os.environ)
     try:

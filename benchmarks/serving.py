@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     model = found.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="folder or name, as of --model-path")
     model.add_argument("--shape", choices=shapes.SHAPES, help="one with random weights instead")
-    add("--layers", type=int, default=8, help="of a shape (%(default)s)")
+    add("--layers", type=int, help="of a shape (8; of mixtral-8x22b 4, for memory)")
     add("--tp", type=int, default=2, help="GPUs of each server (%(default)s)")
     add("--workloads", type=_workloads, default=load.WORKLOADS, help=",".join(load.WORKLOADS))
     add(
@@ -115,7 +115,8 @@ def _model(options: argparse.Namespace) -> Iterator[str]:
         yield options.model
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = shapes.write(options.shape, options.layers, Path(name))
+        layers = options.layers or shapes.SHAPES[options.shape].layers
+        folder = shapes.write(options.shape, layers, Path(name))
         shapes.write_tokenizer(options.shape, folder)
         yield str(folder)
 

@@ -21,6 +21,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
     head_dim: int = 128
+    layers: int = 8  # of several servers side by side, unless told otherwise
     extra: tuple[tuple[str, Any], ...] = ()
 
     def config(self, layers: int) -> dict[str, Any]:
@@ -59,6 +60,7 @@ SHAPES = {
     "qwen2.5-72b": Shape("Qwen2ForCausalLM", "qwen2", 8192, 29568, 64, 8, 152064),
     "mixtral-8x22b": Shape(
         *("MixtralForCausalLM", "mixtral", 6144, 16384, 48, 8, 32768),
+        layers=4,  # ten gigabytes on each of two GPUs, for each server
         extra=(("num_local_experts", 8), ("num_experts_per_tok", 2)),
     ),
     "qwen3-8b": Shape("Qwen3ForCausalLM", "qwen3", 4096, 12288, 32, 8, 151936),

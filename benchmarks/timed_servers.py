@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str], benc
 
     add = parser.add_argument
     add("--shape", choices=shapes.SHAPES, default="tp8rank", help="the model (%(default)s)")
-    add("--layers", type=int, default=8, help="of the model (%(default)s)")
+    add("--layers", type=int, help="of the model (8; of mixtral-8x22b 4, for memory)")
     add("--tp", type=int, default=2, help="GPUs of each server (%(default)s)")
     add("--variants", type=names, default=tuple(variants), help=",".join(variants))
     add("--both", default="", metavar="FLAGS", help="flags of every server")

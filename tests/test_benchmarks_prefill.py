@@ -12,7 +12,7 @@ from benchmarks.servers import ServerError
 from benchmarks.timed_servers import Served
 from launch import demo
 
-OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke"])
+OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke", "--layers=8"])
 
 
 def write_passes(folder, rank, *passes):
@@ -103,7 +103,8 @@ def test_a_variant_that_ran_as_something_else_has_no_row():
 
 def test_decodes_are_of_the_same_prompts_on_every_server():
     servers = {"stock/default": Fake(30.0, None), "fuse": Fake(20.0, "fuse")}
-    options = decode.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke", "--rounds=3"])
+    arguments = ["--cpu", "--tp", "1", "--shape", "smoke", "--rounds=3", "--layers=8"]
+    options = decode.parser().parse_args(arguments)
     rows, absent = decode._one_size(options, servers, 5)
     assert absent == {}
     assert [(row.variant, row.tokens, row.time_us) for row in rows] == [
