@@ -93,10 +93,11 @@ def _check(contender: Contender, port: int, log: Path) -> None:
     if not contender.weaves:
         return
     state = demo.get_json(f"http://{HOST}:{port}/server_info")["internal_states"][0]
-    if not state.get("tokenweave", {}).get("active"):
+    ours = state.get("tokenweave", {})
+    if not ours.get("active"):
         raise ServerError(
-            f"{contender.variant}: TokenWeave is not active on this server; on GPUs give it a "
-            f'transport, such as --ours="--tokenweave-transport peer"{_tail(log)}'
+            f"{contender.variant}: TokenWeave is not active on this server, so that both sides "
+            f"would be stock: {'; '.join(ours.get('reasons', ()))}{_tail(log)}"
         )
 
 
