@@ -1,34 +1,18 @@
-"""The op benchmark's plots, after figures 4, 5, 7 and 10 of the TokenWeave paper."""
+"""The plots of results; the op's after figures 4, 5, 7 and 10 of the TokenWeave paper."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
+from benchmarks import passes_plot, plot_style
+from benchmarks.plot_style import band, short, size_axis
 from benchmarks.roles import Role, by_size, ctas, fastest, role, shapes
 from benchmarks.schema import Result, Row
 
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.edgecolor": "#888888",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "savefig.bbox": "tight",
-    "savefig.dpi": 160,
-}
+PLOTTED = ("op", "prefill", "decode")
 _OURS_COLORS = {"fused": "#0b5fa5", "multicast": "#2a9d8f", "copy_engine": "#d1495b"}
 # One colour each, the same in every plot, whichever of them a file has.
 _OTHER_COLORS = {
@@ -45,7 +29,6 @@ _OTHER_COLORS = {
 _BEST = ", best CTA count"
 _CTAS_TOKENS = 64  # below, the number of thread blocks changes little
 _RATIO_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 Sizes = Mapping[int, Mapping[str, Row]]
 
@@ -56,12 +39,14 @@ def plot(result: Result, folder: Path, stem: str) -> list[Path]:
     Raises:
         ValueError: it is a smoke test, or of another benchmark.
     """
-    if result.bench != "op" or result.meta.smoke:
+    if result.bench not in PLOTTED or result.meta.smoke:
         what = "a smoke test" if result.meta.smoke else f"the benchmark {result.bench!r}"
         raise ValueError(f"no plots of {what}")
     folder.mkdir(parents=True, exist_ok=True)
+    if result.bench != "op":
+        return passes_plot.plot(result, folder, stem)
     paths = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(plot_style.STYLE):
         for shape in shapes(result):
             for name, draw in (("tokens", _against_tokens), ("ctas", _against_ctas)):
                 path = folder / f"{stem}-{shape}-{name}.png"
@@ -75,24 +60,24 @@ def plot(result: Result, folder: Path, stem: str) -> list[Path]:
 
 def _against_tokens(sizes: Sizes, title: str) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9, color="#555555")
+    plot_style.title(figure, title)
     floor = {tokens: rows["floor"].time_us for tokens, rows in sizes.items() if "floor" in rows}
     left.plot(list(floor), list(floor.values()), "k--", lw=1.2, label="link floor")
     lines = _lines(sizes)
     for name in sorted(lines, key=_legend_order):
         rows, style = lines[name], _style(name)
-        _band(left, rows, style)
+        band(left, rows, style)
         fraction = {t: 100 * floor[t] / row.time_us for t, row in rows.items() if t in floor}
         right.plot(list(fraction), list(fraction.values()), **style)
     left.set(title="Latency", ylabel="us, median ± half the interquartile range", yscale="log")
-    left.yaxis.set_major_formatter(_PLAIN)
+    left.yaxis.set_major_formatter(plot_style.PLAIN)
     # The floor of a few tokens is far below what any launch can reach.
     times = [row.time_us for rows in lines.values() for row in rows.values()]
     left.set_ylim(bottom=min(times, default=1) / 2)
     right.axhline(100, color="k", ls="--", lw=1.2)
     right.set(title="Fraction of the link floor", ylabel="floor / time, %", ylim=(0, 105))
     for axes in (left, right):
-        _tokens_axis(axes, list(sizes))
+        size_axis(axes, list(sizes))
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -104,11 +89,11 @@ def _against_ctas(sizes: Sizes, title: str) -> Any:
     if not lines:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9, color="#555555")
+    plot_style.title(figure, title)
     colors = plt.get_cmap("viridis_r")
     for index, (tokens, times) in enumerate(sorted(lines.items())):
         color = colors(0.15 + 0.85 * index / max(1, len(lines) - 1))
-        style = {"color": color, "marker": "o", "ms": 3.5, "lw": 1.6, "label": _short(tokens)}
+        style = {"color": color, "marker": "o", "ms": 3.5, "lw": 1.6, "label": short(tokens)}
         left.plot(list(times), list(times.values()), **style)
         floor = sizes[tokens].get("floor")
         if floor is not None:
@@ -168,31 +153,10 @@ def _color_of_ours(name: str) -> str | None:
     return _OURS_COLORS.get(name.removesuffix(_BEST))
 
 
-def _band(axes: Any, rows: Mapping[int, Row], style: Mapping[str, Any]) -> None:
-    tokens, times = list(rows), [row.time_us for row in rows.values()]
-    halves = [row.spread_us / 2 for row in rows.values()]
-    axes.plot(tokens, times, **style)
-    low = [time_us - half for time_us, half in zip(times, halves, strict=True)]
-    high = [time_us + half for time_us, half in zip(times, halves, strict=True)]
-    axes.fill_between(tokens, low, high, color=style["color"], alpha=0.2, lw=0)
-
-
-def _tokens_axis(axes: Any, tokens: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    shown = tokens[::2] if len(tokens) > 8 else tokens
-    axes.set_xticks(shown, [_short(count) for count in shown])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens")
-
-
 def _ctas_axis(axes: Any, counts: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("thread blocks (CTAs)")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter(plot_style.PLAIN)
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _short(count: int) -> str:
-    return f"{count // 1024}K" if count >= 1024 and count % 1024 == 0 else str(count)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from made_up_results import META
 
-from benchmarks import prefill_bars, report, table
+from benchmarks import plot, prefill_bars, report, table
 from benchmarks.bars import Verdict
 from benchmarks.schema import Result, Row
 
@@ -101,3 +101,20 @@ def test_a_deeper_model_has_the_same_bars_and_decodes_have_their_own():
     bars = {bar for bar, _ in judged(decode)} - {f"{SHAPE}: CPU of auto / stock/raised"}
     assert bars == {f"{SHAPE}: auto / stock/default"}
     assert judged(decode)[f"{SHAPE}: auto / stock/default", 1024].verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("bench", ["prefill", "decode"])
+def test_a_picture_is_drawn_of_every_shape(bench, tmp_path):
+    rows = [*result_of().rows, *result_of(shape="llama-3-8b-8l-tp2").rows]
+    drawn = plot.plot(Result(bench, META, tuple(rows)), tmp_path / "new", "x")
+    assert [path.name for path in drawn] == [
+        "x-tp8rank-8l-tp2-tokens.png",
+        "x-llama-3-8b-8l-tp2-tokens.png",
+    ]
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_is_drawn_of_what_means_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no plots of a smoke test"):
+        plot.plot(result_of(smoke=True), tmp_path, "x")

@@ -63,11 +63,11 @@ def pictures_of(stem: str, result: Result) -> list[str]:
 
 def main() -> None:
     """Draw every result that can be drawn."""
-    from benchmarks.plot import plot
+    from benchmarks.plot import PLOTTED, plot
 
     for path in sorted(FOLDER.glob("*.json")):
         result = load(path)
-        if result.bench == "op" and not result.meta.smoke:
+        if result.bench in PLOTTED and not result.meta.smoke:
             for written in plot(result, IMAGES, path.stem):
                 print(f"wrote {written}")
 
