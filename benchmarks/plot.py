@@ -7,12 +7,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from benchmarks import passes_plot, plot_style
+from benchmarks import passes_plot, plot_style, serving_plot
 from benchmarks.plot_style import band, short, size_axis
 from benchmarks.roles import Role, by_size, ctas, fastest, role, shapes
 from benchmarks.schema import Result, Row
 
-PLOTTED = ("op", "prefill", "decode")
+PLOTTED = ("op", "prefill", "decode", "serving")
 _OURS_COLORS = {"fused": "#0b5fa5", "multicast": "#2a9d8f", "copy_engine": "#d1495b"}
 # One colour each, the same in every plot, whichever of them a file has.
 _OTHER_COLORS = {
@@ -43,6 +43,8 @@ def plot(result: Result, folder: Path, stem: str) -> list[Path]:
         what = "a smoke test" if result.meta.smoke else f"the benchmark {result.bench!r}"
         raise ValueError(f"no plots of {what}")
     folder.mkdir(parents=True, exist_ok=True)
+    if result.bench == "serving":
+        return serving_plot.plot(result, folder, stem)
     if result.bench != "op":
         return passes_plot.plot(result, folder, stem)
     paths = []

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import bars, prefill_bars, table
+from benchmarks import bars, prefill_bars, serving_table, table
 from benchmarks.bars import Verdict
 from benchmarks.schema import Result, SchemaError, load
 
@@ -37,8 +37,8 @@ def _report(path: Path, plots: Path | None, *, check: bool) -> bool:
 
 
 def _check(result: Result) -> bool:
-    judge = prefill_bars.judge if result.bench in ("prefill", "decode") else bars.judge
-    judged = judge(result)
+    judges = {"prefill": prefill_bars, "decode": prefill_bars, "serving": serving_table}
+    judged = judges.get(result.bench, bars).judge(result)
     cells = [(each.bar, str(each.tokens), each.verdict.value, each.numbers) for each in judged]
     print("\n".join(table.markdown(("bar", "tokens", "verdict", "numbers"), cells)))
     passed = sum(each.verdict is Verdict.PASS for each in judged)

@@ -115,10 +115,18 @@ def _model(options: argparse.Namespace) -> Iterator[str]:
         yield options.model
         return
     with tempfile.TemporaryDirectory() as name:
-        layers = options.layers or shapes.SHAPES[options.shape].layers
-        folder = shapes.write(options.shape, layers, Path(name))
+        folder = shapes.write(options.shape, _layers(options), Path(name))
         shapes.write_tokenizer(options.shape, folder)
         yield str(folder)
+
+
+def _layers(options: argparse.Namespace) -> int:
+    return int(options.layers or shapes.SHAPES[options.shape].layers)
+
+
+def _prefix(options: argparse.Namespace) -> str:
+    """Return what tells the model in a row's shape; a model by name is in the command."""
+    return f"{options.shape}-{_layers(options)}l-tp{options.tp}-" if options.shape else ""
 
 
 @contextmanager
@@ -172,7 +180,8 @@ def _round(
         plans = f", batches: {_batches(port)}" if contender.weaves else ""
         what = f"{variant}, {_named(workload, rate)}"
         print(f"{what}: {found.tokens_per_s:.0f} tokens/s{plans}", flush=True)
-        seen.setdefault((f"{workload}-{load.rate_name(rate)}", variant), []).append(found)
+        of = f"{_prefix(options)}{workload}-{load.rate_name(rate)}"
+        seen.setdefault((of, variant), []).append(found)
 
     print(f"round {number + 1} of {options.rounds}", flush=True)
     for each in loads if together else ():

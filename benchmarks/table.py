@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks import prefill_table
+from benchmarks import prefill_table, serving_table
 from benchmarks.roles import Role, by_size, ctas, fastest, shapes
-from benchmarks.schema import BENCHES, Meta, Result, Row
+from benchmarks.schema import Meta, Result, Row
 
 SMOKE = (
     "SMOKE TEST: no GPU, or ranks shared one. These times mean nothing; only that everything ran."
@@ -26,9 +26,10 @@ def text(result: Result) -> str:
         parts += [_shape(result, shape) for shape in shapes(result)]
     elif result.bench in ("prefill", "decode"):
         parts += [_passes(*each) for each in prefill_table.tables(result)]
+    elif result.bench == "serving":
+        parts += ["\n".join(markdown(*serving_table.cells(result)))]
     else:
-        lines = _by_ctas(result) if result.bench == "one_gpu" else _plain(result)
-        parts += ["\n".join(lines)]
+        parts += ["\n".join(_by_ctas(result))]
     parts += [_absent(result.meta)]
     return "\n\n".join(part for part in parts if part)
 
@@ -83,19 +84,6 @@ def _passes(
     for name, cells in columns.items():
         parts += [f"`{name}`:", "\n".join(markdown(*cells))]
     return "\n\n".join([f"### {shape}", *parts])
-
-
-def _plain(result: Result) -> list[str]:
-    """Return a benchmark's rows as they are; only the op's have roles to compare."""
-    extra = [
-        name for name in BENCHES[result.bench].columns if any(name in r.extra for r in result.rows)
-    ]
-    cells = [
-        [row.shape, str(row.tokens), row.variant, f"{row.time_us:.1f} ±{row.spread_us / 2:.1f}"]
-        + [f"{row.extra[name]:g}" if name in row.extra else "-" for name in extra]
-        for row in result.rows
-    ]
-    return markdown(("shape", "tokens", "variant", "us", *extra), cells)
 
 
 def _by_ctas(result: Result) -> list[str]:

@@ -175,6 +175,8 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
     command = ["--shape", "smoke", "--cpu", "--together", *loads, *output]
     assert serving.main(command) == 0
     assert running_now == ["tokenweave", "stock"]  # it may measure
+    rows = schema.load(tmp_path / "serving.json").rows
+    assert rows[0].shape == "smoke-8l-tp2-in1024-out128-all_at_once"
     assert driven == [
         ("in512-out128", "stock"),
         ("in512-out128", "tokenweave"),

@@ -58,6 +58,7 @@ def _section(path: Path, result: Result) -> str:
 def pictures_of(stem: str, result: Result) -> list[str]:
     """Return the names of the pictures that there are of a result."""
     names = [f"{stem}-{shape}-{plot}.png" for shape in shapes(result) for plot in _PLOTS]
+    names.append(f"{stem}.png")  # of all loads of a server
     return [name for name in names if (IMAGES / name).exists()]
 
 

@@ -1,0 +1,81 @@
+"""The table and the bars of whole servers under load: throughput and latency beside stock's."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from benchmarks.bars import Judged, Verdict
+from benchmarks.roles import shapes
+from benchmarks.schema import Result, Row
+
+OURS = "tokenweave"
+# Tokens a second over those of the fastest stock server, at least, by model; all requests at once.
+SPEED_UPS = {"tp8rank": 1.19, "llama-3-8b": 1.06}
+NOISE = 1.015  # by which our median time to the first token may exceed stock's
+
+_HEAD = ("load", "server", "tokens/s", "over the fastest stock", "TTFT ms", "TPOT ms", "good/s")
+
+
+def cells(result: Result) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Return the head and the rows of the table."""
+    found: list[Sequence[str]] = []
+    for shape in shapes(result):
+        rows = _rows(result, shape)
+        best = fastest_stock(rows)
+        for name, row in rows.items():
+            extra = row.extra
+            ratio = extra["tokens_per_s"] / best.extra["tokens_per_s"] if best else None
+            found.append(
+                [
+                    shape,
+                    name,
+                    f"{extra['tokens_per_s']:.0f}",
+                    "-" if ratio is None else f"{ratio:.2f}x",
+                    f"{extra['ttft_us'] / 1e3:.1f}",
+                    f"{extra['tpot_us'] / 1e3:.2f}",
+                    f"{extra['goodput_requests_per_s']:.2f}",
+                ]
+            )
+    return _HEAD, found
+
+
+def fastest_stock(rows: Mapping[str, Row]) -> Row | None:
+    """Return the stock server of the most tokens a second."""
+    stock = (row for name, row in rows.items() if name != OURS)
+    return max(stock, key=lambda row: row.extra["tokens_per_s"], default=None)
+
+
+def judge(result: Result) -> list[Judged]:
+    """Hold a result against the bars.
+
+    Raises:
+        ValueError: it is a smoke test.
+    """
+    if result.meta.smoke:
+        raise ValueError("a smoke test's times mean nothing: no bar is judged on them")
+    return [each for shape in shapes(result) for each in _load(shape, _rows(result, shape))]
+
+
+def _load(shape: str, rows: Mapping[str, Row]) -> list[Judged]:
+    best, ours = fastest_stock(rows), rows.get(OURS)
+    if best is None or ours is None:
+        return [Judged(f"{shape}: ours and stock", 0, Verdict.MISSING, "")]
+    found = []
+
+    def add(bar: str, ratio: float, kept: bool, limit: str) -> None:
+        verdict = Verdict.PASS if kept else Verdict.FAIL
+        found.append(Judged(f"{shape}: {bar}", ours.tokens, verdict, f"{ratio:.3f}, {limit}"))
+
+    model = re.split(r"-\d+l-", shape)[0]
+    ratio = ours.extra["tokens_per_s"] / best.extra["tokens_per_s"]
+    if model in SPEED_UPS and shape.endswith("all_at_once"):
+        least = SPEED_UPS[model]
+        add(f"tokens/s over {best.variant}", ratio, ratio >= least, f"at least {least:.2f}")
+    else:
+        add(f"tokens/s over {best.variant}", ratio, ratio >= 1 / NOISE, f"at least {1 / NOISE:.3f}")
+    slower = max(ours.extra["ttft_us"] / row.extra["ttft_us"] for row in rows.values())
+    add("TTFT over the least of stock's", slower, slower <= NOISE, f"at most {NOISE}")
+    return found
+
+
+def _rows(result: Result, shape: str) -> dict[str, Row]:
+    return {row.variant: row for row in result.rows if row.shape == shape}
