@@ -1,5 +1,6 @@
 """The plot of whole servers under load, after figure 12 of the TokenWeave paper."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ def plot(result: Result, folder: Path, stem: str) -> list[Path]:
     path = folder / f"{stem}.png"
     with plt.rc_context(plot_style.STYLE):
         figure, panels = plt.subplots(1, len(_PANELS), figsize=(12, 4), layout="constrained")
-        plot_style.title(figure, result.meta.place)
+        plot_style.title(figure, f"{_model(result).strip('-')} {result.meta.place}".strip())
         for axes, panel in zip(panels, _PANELS, strict=True):
             _bars(axes, result, *panel)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path)
         plt.close(figure)
     return [path]
+
+
+def _model(result: Result) -> str:
+    """Return what the names of all loads begin with, if the model is a shape."""
+    found = re.match(r".*?-\d+l-tp\d+-", result.rows[0].shape)
+    return found[0] if found else ""
 
 
 def _bars(axes: Any, result: Result, column: str, unit: float, title: str, label: str) -> None:
@@ -46,5 +53,7 @@ def _bars(axes: Any, result: Result, column: str, unit: float, title: str, label
         color = _COLORS.get(variant, "#999999")
         axes.bar(places, list(found.values()), width, color=color, label=variant)
     axes.set(title=title, ylabel=label)
-    axes.set_xticks(range(len(loads)), loads, rotation=20, ha="right", fontsize=7)
+    names = [load.removeprefix(_model(result)).replace("-", "\n") for load in loads]
+    axes.set_xticks(range(len(loads)), names, fontsize=7)
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
