@@ -11,6 +11,7 @@ from benchmarks.workbench import Place, Workbench
 from sglang_tokenweave import driver
 from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.copy_plan import Layout, Region
+from sglang_tokenweave.oneshot_rmsnorm import MAX_ROWS, OneShotGroup
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 
@@ -96,6 +97,37 @@ class CopyEngines(_Ours):
         self._engine.allreduce_rmsnorm(slot, residual, self.bench.weight, EPS, beside=False).wait()
 
 
+class Push(Variant):
+    """One exchange in which every rank sends all its rows to all; the residual whole on each."""
+
+    name = "push"
+
+    def __init__(self, bench: Workbench, name: str) -> None:
+        self.bench = bench
+        place = bench.place
+        self._group = OneShotGroup(
+            place.group,
+            place.device,
+            capacity=min(bench.max_tokens, MAX_ROWS),
+            hidden_size=bench.hidden,
+            dtype=bench.dtype,
+        )
+
+    def refuses(self, case: Case) -> str | None:
+        most = self._group.op.capacity
+        return None if case.tokens <= most else f"above its staging of {most} tokens"
+
+    def buffers(self, case: Case, count: int) -> list[Buffer]:
+        return self.bench.split(self.bench.x, case, count, norm=True)
+
+    def run(self, buffer: Buffer) -> Output:
+        out = self._group.op.launch(buffer.x, buffer.residual, self.bench.weight, EPS)
+        return Output(out, buffer.residual)
+
+    def close(self) -> None:
+        self._group.close()
+
+
 class Floor:
     """Peer copies from every rank to all others at once: the rate the link has for this traffic."""
 
@@ -157,6 +189,7 @@ OURS: dict[str, Callable[[Workbench, str], Variant]] = {
     **{f"fused/{ctas}": Fused for ctas in FUSED_CTAS},
     **{f"multicast/{ctas}": Multicast for ctas in FUSED_CTAS},
     "copy_engine": CopyEngines,
+    "push": Push,
 }
 
 

@@ -13,7 +13,12 @@ from benchmarks.roles import Role, by_size, ctas, fastest, role, shapes
 from benchmarks.schema import Result, Row
 
 PLOTTED = ("op", "prefill", "decode", "serving")
-_OURS_COLORS = {"fused": "#0b5fa5", "multicast": "#2a9d8f", "copy_engine": "#d1495b"}
+_OURS_COLORS = {
+    "fused": "#0b5fa5",
+    "multicast": "#2a9d8f",
+    "copy_engine": "#d1495b",
+    "push": "#e6a817",
+}
 # One colour each, the same in every plot, whichever of them a file has.
 _OTHER_COLORS = {
     "nccl": "#b0b0b0",
@@ -21,7 +26,7 @@ _OTHER_COLORS = {
     "two_shot": "#c5b0d5",
     "two_shot+norm": "#8c6bb1",
     "one_shot+norm": "#41a5a0",
-    "sglang_v2+norm": "#e6a817",
+    "sglang_v2+norm": "#c9a227",
     "sglang_v2_raised+norm": "#b07d00",
     "flashinfer": "#5aa02c",
     "flashinfer/oneshot": "#a1d076",

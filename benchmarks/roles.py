@@ -19,7 +19,7 @@ def role(variant: str) -> Role:
     """Return the part of a variant of the op benchmark."""
     if variant == "floor":
         return Role.FLOOR
-    if variant.startswith(("fused/", "multicast/")) or variant == "copy_engine":
+    if variant.startswith(("fused/", "multicast/")) or variant in ("copy_engine", "push"):
         return Role.OURS
     return Role.PART if variant in ("nccl", "two_shot") else Role.RIVAL
 

@@ -22,25 +22,28 @@ def cells(result: Result) -> tuple[Sequence[str], list[Sequence[str]]]:
         rows = _rows(result, shape)
         best = fastest_stock(rows)
         for name, row in rows.items():
-            extra = row.extra
-            ratio = extra["tokens_per_s"] / best.extra["tokens_per_s"] if best else None
+            rate = row.extra.get("tokens_per_s")
             found.append(
                 [
                     shape,
                     name,
-                    f"{extra['tokens_per_s']:.0f}",
-                    "-" if ratio is None else f"{ratio:.2f}x",
-                    f"{extra['ttft_us'] / 1e3:.1f}",
-                    f"{extra['tpot_us'] / 1e3:.2f}",
-                    f"{extra['goodput_requests_per_s']:.2f}",
+                    _shown(rate, ".0f"),
+                    f"{rate / best.extra['tokens_per_s']:.2f}x" if best and rate else "-",
+                    _shown(row.extra.get("ttft_us"), ".1f", 1e3),
+                    _shown(row.extra.get("tpot_us"), ".2f", 1e3),
+                    _shown(row.extra.get("goodput_requests_per_s"), ".2f"),
                 ]
             )
     return _HEAD, found
 
 
+def _shown(value: float | None, digits: str, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:{digits}}"
+
+
 def fastest_stock(rows: Mapping[str, Row]) -> Row | None:
     """Return the stock server of the most tokens a second."""
-    stock = (row for name, row in rows.items() if name != OURS)
+    stock = (row for name, row in rows.items() if name != OURS and "tokens_per_s" in row.extra)
     return max(stock, key=lambda row: row.extra["tokens_per_s"], default=None)
 
 

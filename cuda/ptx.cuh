@@ -67,6 +67,32 @@ __device__ __forceinline__ void store(float* pointer, float value) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
 }
 
+// Past the first cache, so that what a peer writes is seen; each word is whole, not the vector.
+__device__ __forceinline__ Vec load_relaxed_system(const Vec* pointer) {
+    Vec v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(pointer)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_relaxed_system(Vec* pointer, Vec v) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer),
+                 "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+}
+
+// Return what was there; what any block did before its addition is seen by those that add later.
+__device__ __forceinline__ u32 add_ordered(u32* pointer, u32 value) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(pointer), "r"(value)
+                 : "memory");
+    return before;
+}
+
 __device__ __forceinline__ u64 load_acquire_system(const u64* pointer) {
     u64 value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");

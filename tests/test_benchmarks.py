@@ -100,7 +100,7 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
         ("prefill", "weave/copy_engine", "tokens_per_s"),
         ("prefill", "no_comm", "cut_tokens"),
         ("decode", "fuse/8", "context_tokens"),
-        ("serving", "stock/nccl", "ttft_us"),
+        ("serving", "stock/nccl", "goodput_requests_per_s"),
     ],
 )
 def test_other_benchmarks_have_their_own_variants_and_columns(bench, variant, column):
@@ -126,6 +126,7 @@ def test_every_variant_of_the_command_is_in_the_schema():
     assert [row.variant for row in parsed.rows] == [*VARIANTS, "floor"]
     assert {name for name in VARIANTS if roles.role(name) is Role.OURS} == {
         "copy_engine",
+        "push",
         *(f"{transport}/{ctas}" for transport in ("fused", "multicast") for ctas in CTAS),
     }
     assert {"op", "prefill", "decode", "serving"} <= set(BENCHES)

@@ -46,6 +46,27 @@ inline void store(Vec* pointer, Vec v) { *pointer = v; }
 inline void store(ByteVec* pointer, ByteVec v) { *pointer = v; }
 inline void store(float* pointer, float value) { *pointer = value; }
 
+inline Vec load_relaxed_system(const Vec* pointer) {
+    shim::pause();
+    Vec v;
+    for (int i = 0; i < 4; ++i) {
+        std::atomic_ref word(const_cast<Vec*>(pointer)->word[i]);
+        v.word[i] = word.load(std::memory_order_relaxed);
+    }
+    return v;
+}
+
+// Word by word, in no order, and now and then late.
+inline void store_relaxed_system(Vec* pointer, Vec v) {
+    shim::stall();
+    for (int i = 3; i >= 0; --i)
+        std::atomic_ref(pointer->word[i]).store(v.word[i], std::memory_order_relaxed);
+}
+
+inline u32 add_ordered(u32* pointer, u32 value) {
+    return std::atomic_ref(*pointer).fetch_add(value, std::memory_order_acq_rel);
+}
+
 inline u64 load_acquire_system(const u64* pointer) {
     shim::pause();
     return std::atomic_ref(*const_cast<u64*>(pointer)).load(std::memory_order_acquire);
