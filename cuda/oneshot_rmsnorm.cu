@@ -1,7 +1,7 @@
 // residual := sum over ranks of x + residual; out := RMSNorm(sum) * (weight_offset + weight), for
 // few rows: one exchange and no barrier.
 //
-//   Every rank writes its partial rows into the staging of all ranks and adds up what has arrived
+//   Every rank writes its partial rows into the staging of all others and adds up what has arrived
 //   in its own, in float32, in rank order, so that all ranks hold the same bits. Each keeps the
 //   whole residual. That rows are there is seen from the rows themselves, as in Lamport's queue
 //   (flashinfer and TensorRT-LLM do the same): staging that nobody has written holds -0.0 in pairs,
@@ -51,9 +51,8 @@ __device__ __forceinline__ bool has_arrived(Vec v) {
     return v.word[0] != kEmpty && v.word[1] != kEmpty && v.word[2] != kEmpty && v.word[3] != kEmpty;
 }
 
-// Wait for what `peer` sends to a place of this rank's staging.
-__device__ __forceinline__ Vec receive(const Params& p, const Vec* place, u32 peer) {
-    Vec v = load_relaxed_system(place);
+// Wait for what `peer` sends to a place of this rank's staging; `v` is what was there a moment ago.
+__device__ __forceinline__ Vec wait_for(const Params& p, const Vec* place, Vec v, u32 peer) {
     u64 start = 0;
     for (u32 polls = 1; !has_arrived(v); ++polls) {
         if (polls % kPollsPerLook == 0) {
@@ -70,61 +69,62 @@ __device__ __forceinline__ Vec receive(const Params& p, const Vec* place, u32 pe
     return v;
 }
 
+// A block for each row.
 template <typename T, int kRanks, int kVecs, int kThreads>
 __global__ __launch_bounds__(kThreads, 1) void oneshot_rmsnorm(const __grid_constant__ Params p) {
     using ThreadRow = Row<T, kVecs, kThreads>;
-    __shared__ float squares[2][ThreadRow::kWarps];
-    u32 num_vecs = p.hidden / kVecElements;
+    __shared__ float squares[ThreadRow::kWarps];
     u32 launches = p.state->launches, before = p.state->num_rows;
-    auto place = [&](u32 owner, u32 turn, u32 sender, u32 row, u32 column) {
+    ThreadRow sum{p.hidden / kVecElements};
+    auto place = [&](u32 owner, u32 turn, u32 sender, u32 row, int v) {
         u64 rows = static_cast<u64>(turn % kTurns * kRanks + sender) * p.capacity + row;
-        return p.staging[owner] + rows * num_vecs + column;
+        return p.staging[owner] + rows * sum.num_vecs + sum.column(v);
     };
+    u64 start = static_cast<u64>(blockIdx.x) * sum.num_vecs;
 
-    for (u32 row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
-        ThreadRow mine{num_vecs};
-        Vec sent[kVecs] = {};
-        mine.load_row(sent, p.x + static_cast<u64>(row) * num_vecs);
+    Vec sent[kVecs] = {};
+    sum.load_row(sent, p.x + start);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-            if (mine.column(v) >= num_vecs) continue;
+    for (int v = 0; v < kVecs; ++v) {
+        if (sum.column(v) >= sum.num_vecs) continue;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sent[v].word[i] = without_minus_zeros(sent[v].word[i]);
-#pragma unroll
-            for (u32 peer = 0; peer < kRanks; ++peer)
-                store_relaxed_system(place(peer, launches, p.rank, row, mine.column(v)), sent[v]);
-        }
-    }
-
-    u32 use = 0;
-    for (u32 row = blockIdx.x; row < p.num_rows; row += gridDim.x, use ^= 1) {
-        ThreadRow sum{num_vecs};
+        for (int i = 0; i < 4; ++i) sent[v].word[i] = without_minus_zeros(sent[v].word[i]);
 #pragma unroll
         for (u32 peer = 0; peer < kRanks; ++peer)
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-                if (sum.column(v) < num_vecs)
-                    add<T>(sum.values[v],
-                           receive(p, place(p.rank, launches, peer, row, sum.column(v)), peer));
-        u64 start = static_cast<u64>(row) * num_vecs;
-        if (p.residual != nullptr) {
-            sum.add_row(p.residual + start);
-            sum.store_row(p.residual + start);
-        }
-        Vec weight[kVecs] = {};
-        sum.load_row(weight, p.weight);
-        float mean_square =
-            over_block<Sum>(sum.sum_of_squares(), squares[use]) / static_cast<float>(p.hidden);
-        sum.scale_by(rsqrtf(mean_square + p.eps), weight, p.weight_offset);
-        sum.store_row(p.out + start);
+            if (peer != p.rank)
+                store_relaxed_system(place(peer, launches, p.rank, blockIdx.x, v), sent[v]);
     }
 
-    ThreadRow old{num_vecs};
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+        if (sum.column(v) >= sum.num_vecs) continue;
+        Vec got[kRanks];  // all loads are under way before the first is looked at
+#pragma unroll
+        for (u32 peer = 0; peer < kRanks; ++peer)
+            got[peer] = peer == p.rank
+                            ? sent[v]
+                            : load_relaxed_system(place(p.rank, launches, peer, blockIdx.x, v));
+#pragma unroll
+        for (u32 peer = 0; peer < kRanks; ++peer)
+            add<T>(sum.values[v],
+                   wait_for(p, place(p.rank, launches, peer, blockIdx.x, v), got[peer], peer));
+    }
+    if (p.residual != nullptr) {
+        sum.add_row(p.residual + start);
+        sum.store_row(p.residual + start);
+    }
+    Vec weight[kVecs] = {};
+    sum.load_row(weight, p.weight);
+    float mean_square =
+        over_block<Sum>(sum.sum_of_squares(), squares) / static_cast<float>(p.hidden);
+    sum.scale_by(rsqrtf(mean_square + p.eps), weight, p.weight_offset);
+    sum.store_row(p.out + start);
+
     for (u32 i = blockIdx.x; i < before * kRanks; i += gridDim.x)
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-            if (old.column(v) < num_vecs)
-                store(place(p.rank, launches + kTurns - 1, i % kRanks, i / kRanks, old.column(v)),
+            if (sum.column(v) < sum.num_vecs)
+                store(place(p.rank, launches + kTurns - 1, i % kRanks, i / kRanks, v),
                       {{kEmpty, kEmpty, kEmpty, kEmpty}});
 
     __syncthreads();

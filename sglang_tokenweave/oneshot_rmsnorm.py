@@ -24,7 +24,8 @@ _STATE_WORDS = 3
 MAX_ROWS = 256  # of a launch: beyond, one exchange of everything takes longer than two of shares
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
-_WARP_THREADS, _MAX_THREADS = 32, 1024
+_WARP_THREADS = 32
+_MOST_THREADS, _MANY_REGISTERS = 1024, 512  # with several vectors each, threads need them
 
 
 class Params(ctypes.Structure):
@@ -54,7 +55,7 @@ class Variant:
     element: str
     num_ranks: int
     num_vecs: int  # of 8 elements, per thread
-    num_threads: int  # of a block, which has one row at a time
+    num_threads: int  # of a block, which has one row
 
     @property
     def expression(self) -> str:
@@ -78,7 +79,8 @@ def choose_variant(dtype: torch.dtype, num_ranks: int, hidden_size: int) -> Vari
     if hidden_size % _VEC_ELEMENTS or not 0 < hidden_size <= 16384:
         raise ValueError(f"hidden_size {hidden_size}: it must be a multiple of 8 up to 16384")
     vecs = hidden_size // _VEC_ELEMENTS
-    num_vecs = _ceil_div(vecs, _MAX_THREADS)
+    most = _MOST_THREADS if vecs <= _MOST_THREADS else _MANY_REGISTERS
+    num_vecs = _ceil_div(vecs, most)
     warps = _ceil_div(vecs, num_vecs * _WARP_THREADS)
     return Variant(_ELEMENTS[dtype], num_ranks, num_vecs, warps * _WARP_THREADS)
 

@@ -88,7 +88,6 @@ class Case:
     variant: Variant
     hidden: int
     num_rows: tuple[int, ...]
-    num_blocks: int = 4
     at_once: int = 2  # blocks that run side by side
     has_residual: bool = True
     is_in_place: bool = False
@@ -107,10 +106,9 @@ class Case:
     def header(self) -> bytes:
         """Return `Case` of tests/host/oneshot_rmsnorm.cpp, and the rows of each launch."""
         return struct.pack(
-            f"<13I2f{len(self.num_rows)}I",
+            f"<12I2f{len(self.num_rows)}I",
             HOSTED.index(self.variant),
             len(self.num_rows),
-            self.num_blocks,
             self.at_once,
             self.capacity,
             self.hidden,
@@ -217,12 +215,11 @@ def test_agrees_with_float64_over_launches_of_other_sizes(program, variant):
 @settings(deadline=None, max_examples=20)
 @given(
     num_rows=st.lists(st.integers(1, 9), min_size=1, max_size=7),
-    num_blocks=st.integers(1, 9),
     at_once=st.integers(1, 3),
     seed=st.integers(0, 10**6),
 )
-def test_blocks_need_not_run_side_by_side(program, num_rows, num_blocks, at_once, seed):
-    case = Case(HOSTED[1], 64, tuple(num_rows), num_blocks, at_once, seed=seed, late_rank=seed % 3)
+def test_blocks_need_not_run_side_by_side(program, num_rows, at_once, seed):
+    case = Case(HOSTED[1], 64, tuple(num_rows), at_once, seed=seed, late_rank=seed % 3)
     check(program, case)
 
 

@@ -18,7 +18,7 @@ const Variant kVariants[] = {
 };
 
 struct Case {
-    u32 variant, num_launches, num_blocks, at_once;  // blocks that run side by side
+    u32 variant, num_launches, at_once;  // blocks that run side by side
     u32 capacity, hidden, has_residual, is_in_place;
     u32 late_rank, dead_rank, dead_from, deadline_ms, seed;
     float eps, weight_offset;
@@ -52,7 +52,7 @@ bool run_block(const Launch& launch, u32 block, u32 num_blocks, u32 seed) {
 
 // Some threads take the blocks in order, as a GPU's SMs do.
 bool run_grid(const Launch& launch, u32 seed) {
-    u32 num_blocks = std::min(launch.params.num_rows, c.num_blocks);
+    u32 num_blocks = launch.params.num_rows;
     std::atomic<u32> next = 0;
     std::atomic<bool> is_complete = true;
     std::vector<std::thread> workers;
