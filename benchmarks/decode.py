@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import machine, shapes, switches, table, timed_servers, timing
@@ -95,30 +94,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, meta: Meta, servers: dict[str, Served]) -> Result:
-    rows: list[Row] = []
-    absent: dict[str, str] = {}
-    for requests in options.requests:
-        found, missing = _one_size(options, servers, requests)
-        rows += found
-        absent |= missing
-        result = Result("decode", replace(meta, absent=absent), tuple(rows))
-        result.save(options.output)
-        times = ", ".join(f"{row.variant} {row.time_us:.0f}" for row in found)
-        print(f"{requests} requests, us: {times}", flush=True)
-    return result
+    return timed_servers.sweep(
+        Result("decode", meta, ()),
+        options.requests,
+        "requests",
+        options.output,
+        lambda requests: _one_size(options, servers, requests),
+    )
 
 
 def _one_size(
     options: argparse.Namespace, servers: dict[str, Served], requests: int
 ) -> tuple[list[Row], dict[str, str]]:
     """Return the rows of one batch size, and what did not run as its name says."""
-    rounds: dict[str, list[float]] = {name: [] for name in servers}
     before = {name: server.plans("decode") for name, server in servers.items()}
-    for number in range(-1, options.rounds):  # the first warms up
-        for name in timing.round_order(list(servers), number + 1):
-            sample = decode(servers[name], _prompts(options, requests, number), options.steps)
-            if number >= 0:
-                rounds[name].append(sample)
+    rounds = timed_servers.in_rounds(
+        servers,
+        options.rounds,
+        lambda name, number: decode(
+            servers[name], _prompts(options, requests, number), options.steps
+        ),
+    )
     rows, absent = [], {}
     for name, server in servers.items():
         problem = timed_servers.ran_otherwise(name, before[name], server.plans("decode"))

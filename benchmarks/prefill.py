@@ -12,7 +12,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import machine, shapes, switches, table, timed_servers, timing
@@ -115,30 +114,25 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace, meta: Meta, servers: dict[str, Served]) -> Result:
-    rows: list[Row] = []
-    absent: dict[str, str] = {}
-    for tokens in options.tokens:
-        found, missing = _one_length(options, servers, tokens)
-        rows += found
-        absent |= missing
-        result = Result("prefill", replace(meta, absent=absent), tuple(rows))
-        result.save(options.output)
-        times = ", ".join(f"{row.variant} {row.time_us:.0f}" for row in found)
-        print(f"{tokens} tokens, us: {times}", flush=True)
-    return result
+    return timed_servers.sweep(
+        Result("prefill", meta, ()),
+        options.tokens,
+        "tokens",
+        options.output,
+        lambda tokens: _one_length(options, servers, tokens),
+    )
 
 
 def _one_length(
     options: argparse.Namespace, servers: dict[str, Served], tokens: int
 ) -> tuple[list[Row], dict[str, str]]:
     """Return the rows of one prompt length, and what did not run as its name says."""
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
     before = {name: server.plans("prefill") for name, server in servers.items()}
-    for number in range(-1, options.rounds):  # the first warms up
-        for name in timing.round_order(list(servers), number + 1):
-            sample = prefill(servers[name], _prompt(options, tokens, number, name))
-            if number >= 0:
-                rounds[name].append(sample)
+    rounds = timed_servers.in_rounds(
+        servers,
+        options.rounds,
+        lambda name, number: prefill(servers[name], _prompt(options, tokens, number, name)),
+    )
     rows, absent = [], {}
     for name, server in servers.items():
         problem = timed_servers.ran_otherwise(name, before[name], server.plans("prefill"))

@@ -3,17 +3,20 @@
 import argparse
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks import forward_timer, machine, shapes
+from benchmarks import forward_timer, machine, shapes, timing
 from benchmarks.forward_timer import Pass, Settings
+from benchmarks.schema import Result, Row
 from benchmarks.servers import HOST, Contender, running
 from launch import demo
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer")
@@ -64,6 +67,37 @@ class Served:
     def _read(self, rank: int) -> list[Pass]:
         found, self.offsets[rank] = forward_timer.read(self.output, rank, self.offsets.get(rank, 0))
         return found
+
+
+def sweep(
+    result: Result,
+    sizes: Iterable[int],
+    unit: str,
+    output: Path,
+    one_size: Callable[[int], tuple[list[Row], dict[str, str]]],
+) -> Result:
+    """Add the rows of each size to a result, and what was absent; save and print after each."""
+    for size in sizes:
+        rows, absent = one_size(size)
+        meta = replace(result.meta, absent={**result.meta.absent, **absent})
+        result = Result(result.bench, meta, (*result.rows, *rows))
+        result.save(output)
+        times = ", ".join(f"{row.variant} {row.time_us:.0f}" for row in rows)
+        print(f"{size} {unit}, us: {times}", flush=True)
+    return result
+
+
+def in_rounds(
+    names: Iterable[str], rounds: int, sample: Callable[[str, int], T]
+) -> dict[str, list[T]]:
+    """Return what `sample(name, number)` gave in each round, which has an order of its own."""
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for number in range(-1, rounds):  # the first warms up
+        for name in timing.round_order(list(found), number + 1):
+            taken = sample(name, number)
+            if number >= 0:
+                found[name].append(taken)
+    return found
 
 
 def ran_otherwise(name: str, before: Mapping[str, int], after: Mapping[str, int]) -> str | None:
