@@ -26,31 +26,13 @@ import footprint
 import load
 import recording
 from load import Mix, Request, Sample
-from server import LONG_START_S, WEAVE, Server
+from server import Server
 from slopes import Slope, slope
+from soak_servers import ENVIRONMENT, make_model, server_of
 
-from sglang_tokenweave.tiny_model import make_tiny_model
-
-STOCK_FLAGS = ("--enable-metrics",)
-FLAGS = (*STOCK_FLAGS, "--tokenweave-strict", *WEAVE)
-# On GPUs: prefills in graphs of ours, decodes of two halves in SGLang's.
-GPU_MODEL = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
-GPU_MODEL |= {"num_key_value_heads": 2, "max_position_embeddings": 8192}
-GPU_STOCK_FLAGS = (
-    *("--device", "cuda", "--dtype", "bfloat16", "--attention-backend", "fa3"),
-    *("--max-total-tokens", "131072", "--chunked-prefill-size", "2048"),
-    *("--mem-fraction-static", "0.5", "--max-running-requests", "64"),
-    *("--cuda-graph-bs-decode", *map(str, (1, 2, 4, 8, 16, 24, 32, 48, 64))),
-    *("--cuda-graph-bs-prefill", *map(str, (128, 256, 512, 1024, 2048))),
-)
-GPU_WEAVE = ("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "200")
-GPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "0", "SGLANG_NCCL_SO_PATH": ""}
 # bfloat16 rounds a prompt's log probabilities by some hundredths, otherwise in another batch;
 # another prompt's are off by more than 1.
 CANARY_TOLERANCE = 0.5
-# glibc keeps much of what is freed for later, in growing heaps (malloc_trim gave 50 to 100 MiB of a
-# scheduler back). So told, it returns it at once, and what is measured is what is held.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 LOOK_S = 4
 CANARY_EVERY = 40  # requests
 MOST_IN_FLIGHT = 400  # then the rate is more than the server can do, which proves nothing
@@ -356,11 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     recording.commit()  # that of now, not of the end
     with tempfile.TemporaryDirectory() as folder:
-        sizes = ("bfloat16",) if options.gpus else ()
-        model = make_tiny_model(
-            "llama", Path(folder, "llama"), *sizes, **(GPU_MODEL if options.gpus else {})
-        )
-        with Server(model, **_kind(options)) as server:
+        model = make_model(Path(folder, "llama"), on_gpus=options.gpus)
+        with Server(model, **server_of(options)) as server:
             done = asyncio.run(
                 soak(
                     server,
@@ -378,16 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*_row(verdict), sep=" | ")
     print(*notes, f"{done.completed} requests completed.", sep="\n")
     return 1 if done.errors or not all(verdict.is_kept for verdict in verdicts) else 0
-
-
-def _kind(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what makes the server under load."""
-    stock = (*STOCK_FLAGS, *(GPU_STOCK_FLAGS if options.gpus else ()))
-    weave = (*FLAGS, *stock, *(GPU_WEAVE if options.gpus else ()), *shlex.split(options.flags))
-    woven = {"flags": weave}
-    environment = ENVIRONMENT | (GPU_ENVIRONMENT if options.gpus else {})
-    kind = {"launcher": "stock", "flags": stock} if options.stock else woven
-    return kind | {"environment": environment, "start_deadline_s": LONG_START_S}
 
 
 def _what_was_woven(state: dict[str, Any] | None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soak
+import soak_servers
 from server import Server, after_import
 from slopes import slope
 from soak import Look, Mix, judge
@@ -90,7 +91,7 @@ def test_a_server_under_load_and_one_that_leaks(model: Callable[[str], Path], tm
     flag = tmp_path / "leak"
     code = LEAK.format(flag=str(flag))
     path = [after_import(tmp_path, "sglang.srt.managers.scheduler", code)]
-    with Server(model("llama"), flags=soak.FLAGS, pythonpath=path) as server:
+    with Server(model("llama"), flags=soak_servers.FLAGS, pythonpath=path) as server:
         seen: list[Look] = []
         done = asyncio.run(soak.soak(server, Mix(0), RATE, 70, seen.append))
         assert done.errors == []
