@@ -11,7 +11,8 @@ from benchmarks.workbench import Place, Workbench
 from sglang_tokenweave import driver
 from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.copy_plan import Layout, Region
-from sglang_tokenweave.oneshot_rmsnorm import MAX_ROWS, OneShotGroup
+from sglang_tokenweave.oneshot_rmsnorm import OneShotGroup
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 
@@ -108,9 +109,9 @@ class Push(Variant):
         self._group = OneShotGroup(
             place.group,
             place.device,
-            capacity=min(bench.max_tokens, MAX_ROWS),
-            hidden_size=bench.hidden,
-            dtype=bench.dtype,
+            min(bench.max_tokens, MOST_ONE_SHOT_TOKENS),
+            bench.hidden,
+            bench.dtype,
         )
 
     def refuses(self, case: Case) -> str | None:

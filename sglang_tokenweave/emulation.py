@@ -119,7 +119,7 @@ class EmulatedTransport:
     name = "emulated"
     rank = 0
     world_size = 1
-    has_copy_engines = False
+    has_copy_engines = has_one_shot = False
 
     def __init__(self, num_ranks: int = 2) -> None:
         """Make streams on the current device: in line and beside a computation, one a rank."""
@@ -157,7 +157,7 @@ class EmulatedTransport:
         if residual is None or out is not None:
             raise ValueError("the emulation sums in place and with a residual")
         if ctas < 2:
-            raise ValueError(f"ctas is {ctas}: the emulation has no copy engines, give 2 or more")
+            raise ValueError(f"ctas is {ctas}: the emulation has only the kernel, give 2 or more")
         row_bytes = slot.tensor.stride(0) * slot.tensor.itemsize
         start = (slot.tensor.data_ptr() - self._ranks.x[0].data_ptr()) // row_bytes
         span = (start, start + slot.num_tokens)

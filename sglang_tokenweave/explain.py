@@ -76,6 +76,7 @@ def _summary(plan: Plan) -> str:
     if plan.cut:
         words += [f"{plan.ctas} CTAs beside" if plan.ctas else "copy engines beside"]
     words += [f"{plan.fuse_ctas} CTAs alone" if plan.fuse_ctas else ""]
+    words += ["one-shot" if plan.is_one_shot else ""]
     shown = ", ".join(word for word in words if word)
     return f"{plan.kind} ({shown})" if shown else str(plan.kind)
 

@@ -250,20 +250,21 @@ def _install(model_runner: Any, table: PlanTable) -> None:
 def _communication(
     model_runner: Any, place: PipelineStage, table: PlanTable
 ) -> tuple[Transport, SymmetricBuffer]:
-    """Make the transport and its buffer, with copy engines if the table has or may get a use."""
+    """Make the transport and its buffer, with what else the table has a use for, or may get."""
     device = torch.device(model_runner.device)
     name = _transport(device)
     rows = _capacity(seams.resolved_arguments()), model_runner.model_config.hf_config.hidden_size
     make = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
     measures = state.config.measures(on_cpu=state.on_cpu) and state.pp_size == 1
     is_tried = name == "peer" and measures and state.tuned is None
+    needs = {"copy_engines": table.needs_copy_engines, "one_shot": table.needs_one_shot}
     try:
-        return make(has_copy_engines=table.needs_copy_engines or is_tried)
+        return make(**{f"has_{name}": needed or is_tried for name, needed in needs.items()})
     except DisagreementError as error:  # the same on all ranks
-        if table.needs_copy_engines or not is_tried:
+        if any(needs.values()) or not is_tried:
             raise
-        state.notes += (f"copy engines ({error})",)
-        return make(has_copy_engines=False)
+        state.notes += (f"copy engines and the one-shot op ({error})",)
+        return make(has_copy_engines=False, has_one_shot=False)
 
 
 def _measure(model_runner: Any, runtime: Runtime) -> None:

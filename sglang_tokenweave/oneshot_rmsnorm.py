@@ -6,22 +6,25 @@ every rank.
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from sglang_tokenweave import add_rmsnorm
+from sglang_tokenweave.agreement import step
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import MAX_RANKS
 from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.operands import check_tensor
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
 from sglang_tokenweave.symmetric import PeerMemory
 
 TURNS = 3  # parts of the staging
 EMPTY = -(2**15)  # what its 16-bit words hold until somebody writes: -0.0
 _STATE_WORDS = 3
-MAX_ROWS = 256  # of a launch: beyond, one exchange of everything takes longer than two of shares
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
 _WARP_THREADS = 32
@@ -111,8 +114,9 @@ class OneShotOp:
             CompileError, CudaError: as the text says.
         """
         variant = choose_variant(dtype, len(staging), hidden_size)
-        if not 1 <= capacity <= MAX_ROWS:
-            raise ValueError(f"capacity {capacity}: it must be from 1 to {MAX_ROWS} rows")
+        most = MOST_ONE_SHOT_TOKENS
+        if not 1 <= capacity <= most:
+            raise ValueError(f"capacity {capacity}: it must be from 1 to {most} rows")
         self.capacity = capacity
         self.hidden_size = hidden_size
         self.dtype = dtype
@@ -196,7 +200,6 @@ class OneShotGroup:
         self,
         group: dist.ProcessGroup,
         device: torch.device,
-        *,
         capacity: int,
         hidden_size: int,
         dtype: torch.dtype,
@@ -205,7 +208,7 @@ class OneShotGroup:
 
         Raises:
             ValueError: the kernel does not serve this shape.
-            DisagreementError: on all ranks, when memory cannot be shared.
+            DisagreementError: on all ranks, when memory cannot be shared or no kernel be made.
         """
         world_size = dist.get_world_size(group)
         choose_variant(dtype, world_size, hidden_size)  # refuse before anything is made
@@ -215,8 +218,8 @@ class OneShotGroup:
         self._memory = PeerMemory(num_bytes, device, group)
         self._memory.bytes[:num_bytes].view(torch.int16).fill_(EMPTY)
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody sends before all are empty
-        self.op = OneShotOp(
+        make = partial(
+            OneShotOp,
             dist.get_rank(group),
             device,
             self._memory.addresses,
@@ -224,6 +227,10 @@ class OneShotGroup:
             hidden_size=hidden_size,
             dtype=dtype,
         )
+        with ExitStack() as stack:
+            stack.callback(self._memory.close)
+            self.op = step("compiling", group, make)  # nobody sends before all are empty
+            stack.pop_all()
 
     def close(self) -> None:
         """Unmap the staging; a collective call."""

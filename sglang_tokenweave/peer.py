@@ -11,6 +11,8 @@ from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.copy_plan import Layout, Region
 from sglang_tokenweave.fused import SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8, choose_variant
+from sglang_tokenweave.oneshot_rmsnorm import OneShotGroup
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Done, Pending, Slot, StreamPending, SymmetricBuffer
 
@@ -54,13 +56,20 @@ class PeerTransport:
     _is_multicast = False
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, *, has_copy_engines: bool = False
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        has_copy_engines: bool = False,
+        has_one_shot: bool = False,
     ) -> None:
         """Prepare signals; a collective call over `group`, a CPU group of one host.
 
         Args:
-            has_copy_engines: whether ops may come with 0 CTAs; it costs memory as large as the
-                buffers', and a thread.
+            has_copy_engines: whether ops beside a computation may come with 0 CTAs; it costs
+                memory as large as the buffers', and a thread.
+            has_one_shot: whether ops alone may; it costs three times the memory of the largest
+                such batch from every rank.
 
         Raises:
             DisagreementError: on all ranks, when memory cannot be shared.
@@ -70,6 +79,7 @@ class PeerTransport:
         self._group = group
         self._device = device
         self.has_copy_engines = has_copy_engines
+        self.has_one_shot = has_one_shot
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -80,6 +90,7 @@ class PeerTransport:
             is_multicast=self._is_multicast,
         )
         self._regions: list[_Region] = []
+        self._one_shot: OneShotGroup | None = None
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer and compile the kernels that its rows need; a collective call.
@@ -91,6 +102,9 @@ class PeerTransport:
         if dtype != FP8:
             # Refuse before anything is made.
             choose_variant(dtype, self.world_size, hidden_size, is_multicast=self._is_multicast)
+            if self.has_one_shot and self._one_shot is None:
+                most = min(capacity, MOST_ONE_SHOT_TOKENS)
+                self._one_shot = OneShotGroup(self._group, self._device, most, hidden_size, dtype)
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0
         rows_bytes = capacity * row_bytes
@@ -129,11 +143,14 @@ class PeerTransport:
         """See `Transport.allreduce_rmsnorm`.
 
         Raises:
-            ValueError: a tensor is not what the kernel takes, or no copy engine serves this op.
+            ValueError: a tensor is not what the kernel takes, or nothing serves this op without
+                CTAs.
         """
+        if ctas == 0 and not beside:
+            return self._launch_one_shot(slot, residual, weight, eps, weight_offset, out)
         region, x = self._find(slot)
         if ctas == 0:
-            if region.copy_engine is None or out is not None or not beside:
+            if region.copy_engine is None or out is not None:
                 raise ValueError("ctas is 0: no copy engine serves this op, give 2 or more")
             return region.copy_engine.allreduce_rmsnorm(
                 slot, residual, weight, eps, beside=True, weight_offset=weight_offset
@@ -155,8 +172,31 @@ class PeerTransport:
         )
         return StreamPending(stream.record_event()) if beside else Done()
 
+    def _launch_one_shot(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: Slot | None,
+    ) -> Pending:
+        if self._one_shot is None:
+            raise ValueError("ctas is 0: this transport has no one-shot op, give 2 or more")
+        self._one_shot.op.launch(
+            slot.tensor,
+            residual,
+            weight,
+            eps,
+            out=slot.tensor if out is None else out.tensor,
+            weight_offset=weight_offset,
+        )
+        return Done()
+
     def close(self) -> None:
         """Unmap all memory; a collective call."""
+        if self._one_shot is not None:
+            self._one_shot.close()
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)
         for region in self._regions:

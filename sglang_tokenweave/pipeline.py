@@ -71,6 +71,8 @@ def hand_over(
 
 def _gather_residual(halves: Sequence[Half], group: Any) -> torch.Tensor:
     """Return the residual of all rows, of which each rank holds its own, in one collective."""
+    if halves[0].has_whole_residual:
+        return halves[0].residual
     shares = [half.slot.share(group.world_size) for half in halves]
     hidden_size = halves[0].residual.shape[1]
     mine = halves[0].residual.new_zeros(sum(shares), hidden_size)

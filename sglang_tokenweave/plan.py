@@ -30,6 +30,10 @@ class Kind(StrEnum):
     WEAVE = "weave"  # the fused op of one half beside the computation of the other
 
 
+# Larger batches take longer by one exchange of everything than by two of shares.
+MOST_ONE_SHOT_TOKENS = 256
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is done with one batch."""
@@ -37,9 +41,15 @@ class Plan:
     kind: Kind
     cut: int = 0  # tokens in the first half; 0 unless WEAVE
     ctas: int = 0  # of the communication op beside a computation; 0: copy engines
-    fuse_ctas: int = 0  # of an op that has the stream to itself: FUSE, and a WEAVE's last one
+    # Of an op that has the stream to itself: FUSE, and a WEAVE's last one. FUSE with 0: one-shot.
+    fuse_ctas: int = 0
     reason: str = ""  # why less is done than weaving
     graph_tokens: int = 0  # of the CUDA graph that runs it; 0: launch by launch
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether ranks exchange all rows at once, and each keeps the whole residual."""
+        return self.kind is Kind.FUSE and self.fuse_ctas == 0
 
 
 class GraphShape(NamedTuple):
@@ -128,6 +138,11 @@ class PlanTable:
         """Whether a batch may be woven without CTAs."""
         return any(row.kind is Kind.WEAVE and row.ctas == 0 for row in self.rows)
 
+    @property
+    def needs_one_shot(self) -> bool:
+        """Whether a batch may be fused without CTAs of its own."""
+        return any(row.kind is Kind.FUSE and row.fuse_ctas == 0 for row in self.rows)
+
     def lookup(self, mode: Mode, num_tokens: int, *, weave: bool = True) -> PlanRow | None:
         """Return the last row of `mode` with `min_tokens` of at most `num_tokens`.
 
@@ -205,7 +220,7 @@ def plan_batch(
 def plan_unsplit(mode: Mode, num_tokens: int, table: PlanTable) -> Plan:
     """Plan a batch that cannot be cut: it is fused or left alone."""
     row = table.lookup(mode, num_tokens, weave=False)
-    if row is not None and row.kind is Kind.FUSE:
+    if row is not None and _is_fused(row, num_tokens):
         return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas)
     return Plan(Kind.OFF, reason=_why_off(row, mode))
 
@@ -241,12 +256,19 @@ def _plan(
             return _weave(batch, row, layer, num_sms, align)
         reason = f"too few tokens to cut at a multiple of {align}"
         row = table.lookup(batch.mode, batch.num_tokens, weave=False)
-    if row is not None and row.kind is Kind.FUSE:
+    if row is not None and _is_fused(row, batch.num_tokens):
         return Plan(Kind.FUSE, fuse_ctas=row.fuse_ctas, reason=reason)
     return Plan(Kind.OFF, reason=reason or _why_off(row, batch.mode))
 
 
+def _is_fused(row: PlanRow, num_tokens: int) -> bool:
+    fits = row.fuse_ctas > 0 or num_tokens <= MOST_ONE_SHOT_TOKENS
+    return row.kind is Kind.FUSE and fits
+
+
 def _why_off(row: PlanRow | None, mode: Mode) -> str:
+    if row is not None and row.kind is Kind.FUSE:
+        return f"more than the {MOST_ONE_SHOT_TOKENS} tokens of a one-shot op"
     return "off in the table" if row else f"smaller than any {mode} row of the table"
 
 

@@ -77,6 +77,7 @@ class ReferenceTransport:
 
     name = "reference"
     has_copy_engines = False
+    has_one_shot = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Take over `group`: nobody else may issue collectives on it."""
@@ -130,8 +131,19 @@ class ReferenceTransport:
     ) -> Pending:
         """See `Transport.allreduce_rmsnorm`."""
 
+        is_one_shot = ctas == 0 and not beside
+
         def run() -> None:
-            self._run(slot, residual, weight, eps, weight_offset, slot if out is None else out)
+            mine = self._reduce_scatter(slot)
+            owned = slot.owned_rows(self.rank, self.world_size)
+            mine = mine[: owned.stop - owned.start]
+            own = residual[owned] if is_one_shot and residual is not None else residual
+            normalised, total = rmsnorm(mine, own, weight, eps, weight_offset)
+            self._publish(normalised, slot if out is None else out)
+            if is_one_shot and residual is not None:
+                self._all_gather(total, residual)
+            elif residual is not None:
+                residual.copy_(total)
 
         pending = self._on_thread(run) if self._worker else self._on_stream(run)
         if not beside:
@@ -166,21 +178,8 @@ class ReferenceTransport:
             run()
             return StreamPending(self._stream.record_event())
 
-    def _run(
-        self,
-        slot: Slot,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_offset: float,
-        out: Slot,
-    ) -> None:
-        mine = self._reduce_scatter(slot)
-        owned = slot.owned_rows(self.rank, self.world_size)
-        num_owned = owned.stop - owned.start
-        normalised, total = rmsnorm(mine[:num_owned], residual, weight, eps, weight_offset)
-        if residual is not None:
-            residual.copy_(total)
+    def _publish(self, normalised: torch.Tensor, out: Slot) -> None:
+        """Bring every rank's rows to all of them."""
         if out.scales is None:
             self._all_gather(normalised, out.tensor)
             return

@@ -148,7 +148,7 @@ class Runtime:
             if plan.kind is Kind.OFF:
                 return stock()
             with gemm_sms.beside(plan.ctas, self.buffer.tensor.device):
-                halves = self._halves(None, parts)
+                halves = self._halves(None, parts, plan)
                 self.weave(halves, plan)
             return self._finish(forward_batch, halves)
         decided = self._decide(forward_batch, input_embeds)
@@ -295,7 +295,7 @@ class Runtime:
         if handed_over is not None:  # normalised in place, on some devices
             normalised, residual = self.model.first_norm(*handed_over)
             self.buffer.slot(0, normalised.shape[0]).tensor.copy_(normalised)
-        halves = self._halves(residual, self._prepared(parts))
+        halves = self._halves(residual, self._prepared(parts), plan)
         self.weave(halves, plan)
         return halves
 
@@ -317,27 +317,26 @@ class Runtime:
             prepared.append((part, partial(seams.attention_context, backend, part)))
         return tuple(prepared)
 
-    def _halves(self, residual: torch.Tensor | None, parts: tuple[_Part, ...]) -> tuple[Half, ...]:
+    def _halves(
+        self, residual: torch.Tensor | None, parts: tuple[_Part, ...], plan: Plan
+    ) -> tuple[Half, ...]:
         halves = []
         start = 0
         for part, context in parts:
             slot = self.buffer.slot(start, start + part.input_ids.shape[0])
             rows = None if residual is None else residual[start:]
-            halves.append(self._half(slot, rows, part, context))
+            kept = self._residual(slot, rows, is_whole=plan.is_one_shot)
+            halves.append(Half(slot, kept, part.positions, part, context, plan.is_one_shot))
             start += slot.num_tokens
         return tuple(halves)
 
-    def _half(self, slot: Slot, residual: torch.Tensor | None, part: Any, context: Context) -> Half:
+    def _residual(self, slot: Slot, rows: torch.Tensor | None, *, is_whole: bool) -> torch.Tensor:
+        """Return the rows of the residual that this rank keeps: its own, or all."""
         owned = slot.owned_rows(self.transport.rank, self.transport.world_size)
-        return Half(
-            slot=slot,
-            residual=slot.tensor.new_empty(owned.stop - owned.start, slot.tensor.shape[1])
-            if residual is None  # the embedding writes it
-            else residual[owned].clone(),
-            positions=part.positions,
-            batch=part,
-            context=context,
-        )
+        kept = slice(0, slot.num_tokens) if is_whole else owned
+        if rows is None:  # the embedding writes it
+            return slot.tensor.new_empty(kept.stop - kept.start, slot.tensor.shape[1])
+        return rows[kept].clone()
 
 
 def _mode_of(batch: Any) -> Mode | None:

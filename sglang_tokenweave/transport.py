@@ -99,6 +99,7 @@ class Transport(Protocol):
     rank: int
     world_size: int
     has_copy_engines: bool  # an op beside a computation may come without CTAs
+    has_one_shot: bool  # an op of few rows that runs alone may
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer of `capacity` rows; a collective call.
@@ -126,11 +127,13 @@ class Transport(Protocol):
 
         Args:
             slot: `[num_tokens, hidden_size]`; this rank's partial sums.
-            residual: `[rows this rank owns, hidden_size]`, replaced by the sum; None: no residual.
+            residual: `[rows this rank owns, hidden_size]`, of a one-shot op `[num_tokens,
+                hidden_size]` alike on all ranks; replaced by the sum. None: no residual.
             weight: `[hidden_size]`.
             eps: added to the mean of squares.
-            ctas: thread blocks the op may occupy; 0, only beside a computation: none, the copy
-                engines move the bytes. Ignored by a transport that has no kernel.
+            ctas: thread blocks the op may occupy. 0 beside a computation: none, the copy engines
+                move the bytes. 0 alone: one-shot, every rank sends all its rows to all others, up
+                to `plan.MOST_ONE_SHOT_TOKENS` of them. A transport without kernels ignores numbers.
             beside: run beside the caller's next computation; otherwise in line with it.
             weight_offset: 1.0 for norms that store their weight less one (Gemma).
             out: where the result goes, the same rows of another buffer; None: it replaces `slot`.

@@ -80,13 +80,14 @@ def create(
     dtype: torch.dtype,
     *,
     has_copy_engines: bool,
+    has_one_shot: bool,
 ) -> tuple[Transport, SymmetricBuffer]:
     """Make the transport `name`, as resolved, and its buffer; a collective call of `group`.
 
     Args:
         group: SGLang's GroupCoordinator of the tensor-parallel ranks.
         capacity, hidden_size, dtype: as of `Transport.allocate`.
-        has_copy_engines: of a device transport, as of `PeerTransport`.
+        has_copy_engines, has_one_shot: of a device transport, as of `PeerTransport`.
 
     Raises:
         DisagreementError: on all ranks, when their GPUs cannot share memory.
@@ -95,7 +96,9 @@ def create(
     if name == ReferenceTransport.name:
         transport = ReferenceTransport.create(device, group.ranks)
     else:
-        transport = _BY_KERNEL[name](group.cpu_group, device, has_copy_engines=has_copy_engines)
+        transport = _BY_KERNEL[name](
+            group.cpu_group, device, has_copy_engines=has_copy_engines, has_one_shot=has_one_shot
+        )
     try:
         return transport, transport.allocate(capacity, hidden_size, dtype)
     except DisagreementError:

@@ -19,10 +19,11 @@ class Half:
     """One half of a batch on its way through the layers (or all of it, when it is not split)."""
 
     slot: Slot
-    residual: torch.Tensor  # [rows this rank owns, hidden_size]
+    residual: torch.Tensor  # [rows this rank owns, hidden_size], or whole, alike on all ranks
     positions: torch.Tensor  # [num_tokens]
     batch: Any  # SGLang's ForwardBatch of these tokens
     context: Context
+    has_whole_residual: bool = False
     pending: Pending | None = None
     prepare: Callable[[], None] | None = None  # for attention, once the embedding is looked up
 

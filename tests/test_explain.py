@@ -10,6 +10,7 @@ from sglang_tokenweave import explain
 from sglang_tokenweave.plan import BatchShape, Kind, Mode, plan_batch
 from sglang_tokenweave.tuning.explanation import explain as explained
 from sglang_tokenweave.tuning.rows import plan_table
+from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Measurement
 from sglang_tokenweave.tuning.text import to_text
 from sglang_tokenweave.waves import predicted_us
 
@@ -122,6 +123,14 @@ def test_bad_tables(path, tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text(to_text(table()))
     assert explain.main(["--table", str(tmp_path / "empty.yaml"), "--tokens", "5"]) == 2
     assert "the table holds no sizes of mode prefill" in capsys.readouterr().err
+
+
+def test_the_one_shot_op_is_named(tmp_path, capsys):
+    one_shot = Candidate(Kind.FUSE)
+    measured = (Measurement(OFF, 100.0, 1.0, 15), Measurement(one_shot, 50.0, 1.0, 15))
+    (tmp_path / "t.yaml").write_text(to_text(table(Bucket(Mode.DECODE, 8, one_shot, measured))))
+    arguments = ("--table", str(tmp_path / "t.yaml"), "--tokens", "1,1,1,1,1,1,1,1")
+    assert ": fuse (one-shot)" in said(capsys, *arguments, "--mode", "decode")
 
 
 def test_the_copy_engines_are_named_beside_the_computation(capsys):

@@ -18,6 +18,7 @@ from sglang_tokenweave.weave import Half
 HIDDEN, CAPACITY = 8, 64
 # (tokens, cut or None): one row, fewer rows than ranks, a half of one row, nothing divisible.
 BATCHES = [(1, None), (2, 1), (5, 4), (30, None), (37, 11), (64, 32)]
+WHOLE = (0, 3)  # of them: every rank holds the whole residual, as after a one-shot op
 
 
 class Group:
@@ -53,12 +54,14 @@ def _on_rank(rank, world_size):
         halves = []
         for start, stop in pairwise([0, tokens] if cut is None else [0, cut, tokens]):
             slot = buffer.slot(start, stop)
-            own = residual[start:stop][slot.owned_rows(rank, world_size)].clone()
-            halves.append(Half(slot, own, torch.arange(start, stop), None, nullcontext))
+            rows = slot.owned_rows(rank, world_size) if batch not in WHOLE else slice(None)
+            own, positions = residual[start:stop][rows].clone(), torch.arange(start, stop)
+            halves.append(Half(slot, own, positions, None, nullcontext, batch in WHOLE))
         answers.append(pipeline.hand_over(buffer, halves, Group()))
         buffer.tensor.fill_(torch.nan)  # the next batch: what was handed over must not change
-        for half in halves:
-            half.residual.fill_(torch.nan)
+        if batch not in WHOLE:  # that one is fresh in every batch
+            for half in halves:
+                half.residual.fill_(torch.nan)
     return answers
 
 

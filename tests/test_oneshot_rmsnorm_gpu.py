@@ -133,13 +133,7 @@ def _between_processes(rank):
     torch.cuda.set_device(device)
     found = []
     for hidden, dtype in ((8192, torch.bfloat16), (4096, torch.float16)):
-        group = OneShotGroup(
-            torch.distributed.group.WORLD,
-            device,
-            capacity=CAPACITY,
-            hidden_size=hidden,
-            dtype=dtype,
-        )
+        group = OneShotGroup(torch.distributed.group.WORLD, device, CAPACITY, hidden, dtype)
         for number, rows in enumerate(ROWS):
             generator = torch.Generator().manual_seed(number)
             shapes = (2, rows, hidden), (rows, hidden), (hidden,)

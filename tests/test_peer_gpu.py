@@ -64,7 +64,8 @@ def _run_case(transport, buffer, rank, case):
     slot = buffer.slot(0, rows)
     buffer.tensor.fill_(float("nan"))  # every row must be written, and none beyond
     slot.tensor.copy_(partials[rank])
-    owned = slot.owned_rows(rank, WORLD)
+    is_one_shot = ctas == 0 and not beside
+    owned = slice(None) if is_one_shot else slot.owned_rows(rank, WORLD)
     shard = residual[owned].clone() if with_residual else None
     transport.allreduce_rmsnorm(
         slot, shard, weight, EPS, ctas=ctas, beside=beside, weight_offset=offset
@@ -154,7 +155,7 @@ def _copied_on_rank(rank):
     transport = PeerTransport(group, _device(rank), has_copy_engines=True)
     buffer = transport.allocate(CAPACITY, 1024, torch.bfloat16)
     in_line = buffer.slot(0, 8)
-    with pytest.raises(ValueError, match="no copy engine serves this op"):
+    with pytest.raises(ValueError, match="this transport has no one-shot op"):
         transport.allreduce_rmsnorm(in_line, None, in_line.tensor[0], EPS, ctas=0, beside=False)
     cases = [(*case[:-2], 0, True) for case in CASES if case[-1]]
     answers = [_run_case(transport, buffer, rank, case) for case in cases]
@@ -164,6 +165,34 @@ def _copied_on_rank(rank):
 
 def test_the_copy_engines_give_the_same_as_the_kernel():
     for answers in zip(*run_ranks(_copied_on_rank, WORLD, timeout_s=300), strict=True):
+        for answer in answers:
+            assert answer["error"] < 4e-3  # as above
+            assert answer["residual_error"] < 4e-3
+            assert answer["beyond"]
+            assert torch.equal(answer["output"], answers[0]["output"])
+
+
+def _one_shot_on_rank(rank):
+    from sglang_tokenweave.peer import PeerTransport
+
+    group = torch.distributed.group.WORLD
+    transport = PeerTransport(group, _device(rank), has_one_shot=True)
+    buffer = transport.allocate(CAPACITY, 1024, torch.bfloat16)
+    few = [case for case in CASES if case[0] <= 64]
+    # One after the other, so that what one leaves in the staging or the signals meets the next.
+    cases = [each for case in few for each in ((*case[:-2], 0, False), case)]
+    answers = [_run_case(transport, buffer, rank, case) for case in cases]
+    many = buffer.slot(0, 257)
+    with pytest.raises(ValueError, match="257 rows: the staging is for 1 to 256"):
+        transport.allreduce_rmsnorm(many, None, many.tensor[0], EPS, ctas=0, beside=False)
+    transport.close()
+    return answers
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_one_shot_op_and_the_kernel_take_turns():
+    for answers in zip(*run_ranks(_one_shot_on_rank, WORLD, timeout_s=300), strict=True):
         for answer in answers:
             assert answer["error"] < 4e-3  # as above
             assert answer["residual_error"] < 4e-3

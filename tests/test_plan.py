@@ -129,6 +129,23 @@ def test_a_batch_that_cannot_be_cut_is_fused_if_the_table_fuses_at_that_size():
     assert plan == Plan(Kind.FUSE, fuse_ctas=20, reason=reason)
 
 
+def test_a_one_shot_op_takes_few_tokens_whoever_plans():
+    table = PlanTable((PlanRow(Mode.PREFILL, 1, Kind.FUSE),))
+    for plan in (
+        plan_batch(prefill(256), table, LAYER, 132),
+        plan_unsplit(Mode.PREFILL, 256, table),
+    ):
+        assert plan == Plan(Kind.FUSE)
+        assert plan.is_one_shot
+    reason = "more than the 256 tokens of a one-shot op"
+    for plan in (
+        plan_batch(prefill(257), table, LAYER, 132),
+        plan_unsplit(Mode.PREFILL, 257, table),
+    ):
+        assert plan == Plan(Kind.OFF, reason=reason)
+        assert not plan.is_one_shot
+
+
 def test_off_has_a_reason():
     assert plan_batch(prefill(5), TABLE, LAYER, 132).reason == (
         "smaller than any prefill row of the table"

@@ -100,7 +100,7 @@ def test_a_switch_forbids_the_multicast_transport_on_all_ranks():
 def communicate(monkeypatch):
     """Return what makes a server's transport; engines that copy cannot be made here."""
 
-    def create(name, device, group, *rows, has_copy_engines):
+    def create(name, device, group, *rows, has_copy_engines, has_one_shot):
         if has_copy_engines:
             raise DisagreementError("no copy engines here")
         return "transport", rows
@@ -127,7 +127,7 @@ def communicate(monkeypatch):
 
 def test_a_measurement_does_without_copy_engines_that_cannot_be_made(communicate):
     assert communicate(tune="auto") == ("transport", (2048, 64, BF16))
-    assert install.state.notes == ("copy engines (no copy engines here)",)
+    assert install.state.notes == ("copy engines and the one-shot op (no copy engines here)",)
     assert communicate(transport="peer", tune="off") == ("transport", (2048, 64, BF16))
     assert install.state.notes == ()  # nothing asked for them
     assert communicate(transport="peer", min_tokens=99) == ("transport", (2048, 64, BF16))

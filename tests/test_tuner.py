@@ -130,8 +130,14 @@ def test_only_force_writes_to_the_named_file(path):
 def test_what_may_be_tried_depends_on_who_moves_the_bytes():
     def tried(transport, *, has_copy_engines=False, **options):
         key = replace(KEY, transport=transport)
-        here = {"has_copy_engines": has_copy_engines, "smallest_woven_decode": 2}
-        found = tuner.space(config(**options), key, **here)
+        found = tuner.space(
+            config(**options),
+            key,
+            has_copy_engines=has_copy_engines,
+            has_one_shot=True,
+            smallest_woven_decode=2,
+        )
+        assert found.has_one_shot
         return found.ctas, found.fuse_ctas
 
     assert tried("peer", has_copy_engines=True) == ((8, 0, 16, 4), (16, 32, 8))

@@ -7,7 +7,7 @@ import pytest
 
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.search import FINAL_ROUNDS, Space, bucket_sizes, search
-from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF
+from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF, Candidate
 from sglang_tokenweave.waves import cut_beside, transformer_layer
 
 SPACE = Space(sms=132, ctas=(0, 4, 8, 16), fuse_ctas=(8, 16, 32))
@@ -188,6 +188,17 @@ def test_candidates_fit_the_batch_and_the_gpu():
     assert {each.ctas for each in small.candidates(Mode.PREFILL, 64)} == {0, 4, 8}
     assert decode[0] == OFF
     assert len(set(decode)) == len(decode)
+
+
+def test_the_one_shot_op_is_tried_on_few_tokens():
+    with_it = replace(SPACE, has_one_shot=True)
+    for mode in (Mode.PREFILL, Mode.DECODE):
+        tried = [
+            [each for each in with_it.candidates(mode, n) if each.is_one_shot] for n in (1, 256)
+        ]
+        assert tried == 2 * [[Candidate(Kind.FUSE)]]
+        assert not any(each.is_one_shot for each in with_it.candidates(mode, 257))
+        assert not any(each.is_one_shot for each in SPACE.candidates(mode, 1))
 
 
 def test_the_middle_is_tried_where_the_planner_does_not_cut_there():

@@ -14,7 +14,7 @@ from thorough import rare
 from workloads import Answers
 
 from sglang_tokenweave import cpu
-from sglang_tokenweave.plan import Kind
+from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.table import OFF, Table
 from sglang_tokenweave.tuning.text import read_file, to_text
 
@@ -105,6 +105,7 @@ def test_the_next_server_reads_what_a_person_edited_weaves_it_and_drops_what_los
     assert state["tuned"]["seconds"] < 2, "warm"
     assert state["tuned"]["edited"] == sum(_woven(each).is_edited for each in table.buckets) > 0
     assert state["tokens"]["prefill"]["weave"] > 0
+    assert state["batches"]["decode"]["fuse"] > 0
     assert state["cuts"]["inside"] > 0
     assert not later["fallbacks"]
     for each in COMPARED:
@@ -114,8 +115,13 @@ def test_the_next_server_reads_what_a_person_edited_weaves_it_and_drops_what_los
 
 
 def _woven(bucket):
-    weaves = [each.candidate for each in bucket.measured if each.candidate.kind is Kind.WEAVE]
-    return replace(bucket, chosen=weaves[0]) if weaves and bucket.tokens >= 64 else bucket
+    """Return a bucket that weaves prompts and decodes by the one-shot op."""
+    tried = [each.candidate for each in bucket.measured]
+    is_decode = bucket.mode is Mode.DECODE
+    (chosen, *_) = [
+        each for each in tried if (each.is_one_shot if is_decode else each.kind is Kind.WEAVE)
+    ]
+    return replace(bucket, chosen=chosen)
 
 
 @pytest.mark.parametrize("version", ["0.5.17", pytest.param("0.5.21", marks=rare)])

@@ -37,6 +37,7 @@ def _plain(world_size):
 PLANS = (
     Plan(Kind.FUSE, fuse_ctas=16),
     *(Plan(Kind.WEAVE, cut, 8, 16) for cut in (1, 7, 15, 29)),
+    Plan(Kind.FUSE),  # one-shot
 )
 
 
@@ -60,7 +61,8 @@ def _woven(rank, world_size, plan, forget=None):
     halves = []
     for start, stop in pairwise(cuts):
         slot = buffer.slot(start, stop)
-        residual = x[start:stop][slot.owned_rows(rank, world_size)].clone()
+        rows = slice(None) if plan.is_one_shot else slot.owned_rows(rank, world_size)
+        residual = x[start:stop][rows].clone()
         halves.append(Half(slot, residual, torch.arange(start, stop), None, nullcontext))
 
     def compute(stage):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from server import Server
 
 from benchmarks import forward_timer
+from sglang_tokenweave.tuning.text import read_file, to_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +230,30 @@ def test_the_fused_op_runs_in_stock_graphs(model, tp, emulation, stock, referenc
     assert state["batches"]["prefill"]["fuse"] >= len(PROMPTS)
     assert state["batches"]["decode"]["fuse"] > 0
     assert is_as_exact(found, stock, reference)
+
+
+def test_the_one_shot_op_runs_in_stock_graphs(model, tp, stock, in_float32, tmp_path):
+    if tp == 1:
+        pytest.skip("emulated ranks have no one-shot op")
+    path = tmp_path / "table.yaml"
+    flags = ("--tokenweave-strict", "--tokenweave-table", str(path), "--max-running-requests", "16")
+    tuned = (*flags, "--tokenweave-tune", "force", "--tokenweave-tune-seconds", "30")
+    with server(model, tp, "tokenweave", tuned):
+        table, _ = read_file(path)
+    path.write_text(to_text(replace(table, buckets=tuple(map(one_shot, table.buckets)))))
+    with server(model, tp, "tokenweave", flags) as running:
+        found = decode_all(running)
+        state = running.tokenweave()
+    assert state["notes"] == []
+    assert state["batches"]["decode"]["fuse"] >= DECODED // 2
+    # As below.
+    assert error_of_decoded(found, in_float32) <= 1.1 * error_of_decoded(stock[1], in_float32)
+
+
+def one_shot(bucket):
+    """Return a bucket that chooses the one-shot op, if it was tried."""
+    tried = [each.candidate for each in bucket.measured if each.candidate.is_one_shot]
+    return replace(bucket, chosen=tried[0]) if tried else bucket
 
 
 def test_decodes_woven_in_stock_graphs_are_as_exact_as_stock(

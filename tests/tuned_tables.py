@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, Kind, Mode
 from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Measurement, Table
 
 KEY = Key(
@@ -44,7 +44,7 @@ def table(*buckets, key=KEY):
 
 _ctas = st.integers(1, 24).map(lambda pairs: 2 * pairs)
 candidates = st.one_of(
-    st.builds(Candidate, st.just(Kind.FUSE), fuse_ctas=_ctas),
+    st.builds(Candidate, st.just(Kind.FUSE), fuse_ctas=st.just(0) | _ctas),
     st.builds(Candidate, st.just(Kind.WEAVE), st.integers(-999, 999), st.just(0) | _ctas, _ctas),
 )
 times = st.integers(1, 10**9).map(lambda tenths: tenths / 10)
@@ -57,6 +57,7 @@ def buckets(draw):
     measured = tuple(
         Measurement(each, draw(times), draw(times), draw(st.integers(1, 20)))
         for each in [OFF, *others]
+        if not each.is_one_shot or tokens <= MOST_ONE_SHOT_TOKENS
     )
     chosen = draw(st.sampled_from(measured)).candidate
     return Bucket(draw(st.sampled_from([Mode.PREFILL, Mode.DECODE])), tokens, chosen, measured)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, Kind, Mode
 from sglang_tokenweave.tuning.table import (
     LEAST_ROUNDS,
     LEAST_SMS,
@@ -38,10 +38,13 @@ class Space:
     fuse_ctas: tuple[int, ...]  # of the op alone
     smallest_woven_decode: int = 2  # requests
     layer: LayerShape | None = None  # of the model: tells the planner's cut from the middle
+    has_one_shot: bool = False
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`: OFF, then the most promising first."""
-        fuses = [Candidate(Kind.FUSE, fuse_ctas=n) for n in self.fuse_ctas]
+        takes_one_shot = self.has_one_shot and num_tokens <= MOST_ONE_SHOT_TOKENS
+        numbers = [*([0] if takes_one_shot else []), *self.fuse_ctas]
+        fuses = [Candidate(Kind.FUSE, fuse_ctas=n) for n in numbers]
         smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
         if num_tokens < smallest:
             return [OFF, *fuses]

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, Kind, Mode
 from sglang_tokenweave.tuning import checks
 from sglang_tokenweave.waves import LayerShape, transformer_layer
 
@@ -84,20 +84,24 @@ class Candidate:
     kind: Kind
     cut_offset: int = 0  # tokens added to the planner's cut; 0 unless WEAVE
     ctas: int = 0  # of the op beside a computation; of a WEAVE, 0 means the copy engines
-    fuse_ctas: int = 0  # of the op alone on its stream; 0 if OFF
+    fuse_ctas: int = 0  # of the op alone on its stream; of a FUSE, 0 means the one-shot op
 
     def __post_init__(self) -> None:
         if type(self.kind) is not Kind:
             raise ValueError(f"kind: got {self.kind!r}; expected one of {', '.join(Kind)}")
         weaves, runs = self.kind is Kind.WEAVE, self.kind is not Kind.OFF
         self._check_ctas("ctas", 0, is_used=weaves)
-        self._check_ctas("fuse_ctas", 2, is_used=runs)
+        self._check_ctas("fuse_ctas", 2 if weaves else 0, is_used=runs)
         bound = MOST_TOKENS if weaves else 0
         checks.integer("cut_offset", self.cut_offset, -bound, bound)
 
     @property
     def needs_copy_engines(self) -> bool:
         return self.kind is Kind.WEAVE and self.ctas == 0
+
+    @property
+    def is_one_shot(self) -> bool:
+        return self.kind is Kind.FUSE and self.fuse_ctas == 0
 
     def _check_ctas(self, name: str, least: int, *, is_used: bool) -> None:
         value = getattr(self, name)
@@ -164,6 +168,11 @@ class Bucket:
                 raise ValueError(f"measured: {index} repeats an earlier candidate; remove one")
             if candidate.kind is Kind.WEAVE and self.tokens < 2:
                 raise ValueError(f"measured: {index} weaves one token, which cannot be cut")
+            if candidate.is_one_shot and self.tokens > MOST_ONE_SHOT_TOKENS:
+                raise ValueError(
+                    f"measured: {index} has no CTAs, which is the one-shot op; it takes at most "
+                    f"{MOST_ONE_SHOT_TOKENS} tokens"
+                )
         if OFF not in candidates:
             raise ValueError("measured: kind off is missing; without it nothing can be compared")
         if self.chosen not in candidates:

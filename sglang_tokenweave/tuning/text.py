@@ -87,10 +87,11 @@ def to_text(table: Table) -> str:
 
 
 def _candidate(candidate: Candidate) -> str:
-    """Return the fields that are not what they are by default, and that of the copy engines."""
+    """Return the fields that are not what they are by default, and a 0 that means something."""
     values = {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
     default = {field.name: field.default for field in fields(Candidate)}
     told = {"ctas"} if candidate.needs_copy_engines else set()
+    told |= {"fuse_ctas"} if candidate.is_one_shot else set()
     return ", ".join(
         f"{name}: {value}"
         for name, value in values.items()

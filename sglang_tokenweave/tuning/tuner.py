@@ -105,6 +105,7 @@ def measure(
         config,
         key,
         has_copy_engines=runtime.transport.has_copy_engines,
+        has_one_shot=runtime.transport.has_one_shot,
         smallest_woven_decode=_smallest_woven_decode(model_runner, runtime),
     )
     found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
@@ -131,7 +132,12 @@ def measure(
 
 
 def space(
-    config: TokenWeaveConfig, key: Key, *, has_copy_engines: bool, smallest_woven_decode: int
+    config: TokenWeaveConfig,
+    key: Key,
+    *,
+    has_copy_engines: bool,
+    has_one_shot: bool,
+    smallest_woven_decode: int,
 ) -> Space:
     """Return what may be tried: several numbers of CTAs only where the op occupies them."""
     ctas, fuse_ctas = [config.ctas], [config.fuse_ctas]
@@ -144,6 +150,7 @@ def space(
         tuple(dict.fromkeys(fuse_ctas)),
         smallest_woven_decode,
         key.layer,
+        has_one_shot,
     )
 
 
@@ -195,7 +202,7 @@ def _describe(bucket: Bucket) -> str:
 
 def shown(candidate: Candidate) -> str:
     """Return a candidate that does something, in a few words."""
-    words = [f"{candidate.fuse_ctas} CTAs alone"]
+    words = ["one-shot" if candidate.is_one_shot else f"{candidate.fuse_ctas} CTAs alone"]
     if candidate.kind is Kind.WEAVE:
         beside = "copy engines" if candidate.needs_copy_engines else f"{candidate.ctas} CTAs"
         words = [f"{beside} beside", *words]
