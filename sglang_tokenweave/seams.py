@@ -146,6 +146,12 @@ def forward_batch(model_runner: Any, *, is_decode: bool, num_tokens: int, **valu
     return batch
 
 
+def next_token_logits(output: Any) -> torch.Tensor:
+    """Return the logits `[requests, vocabulary]` of what `ModelRunner.forward` returned."""
+    logits: torch.Tensor = output.logits_output.next_token_logits
+    return logits
+
+
 def attention_backend() -> Any:
     """Return the attention backend of the forward pass under way."""
     module, _ = _forward_context()

@@ -21,7 +21,7 @@ from sglang_tokenweave import capturing, dummy, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
-from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
+from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError, differ
 from sglang_tokenweave.tuning.table import OFF, Candidate
 from sglang_tokenweave.waves import GemmShape, LayerShape
 
@@ -271,11 +271,15 @@ def test_a_graph_that_cannot_be_captured_ends_the_measurement():
     assert "no memory left" in str(error)
 
 
-def test_a_pass_that_fails_ends_the_measurement_on_all_ranks(monkeypatch):
+@pytest.fixture
+def batches(monkeypatch):
+    """Let batches be made of nothing."""
     monkeypatch.setattr(dummy, "lengths", lambda *_: (1,))
     monkeypatch.setattr(dummy, "borrowed_rows", lambda *_: nullcontext([torch.zeros(1)]))
     monkeypatch.setattr(dummy, "batch", lambda *_: "batch")
 
+
+def test_a_pass_that_fails_ends_the_measurement_on_all_ranks(batches):
     def fail(batch):
         raise MemoryError("no memory left")
 
@@ -288,6 +292,40 @@ def test_a_pass_that_fails_ends_the_measurement_on_all_ranks(monkeypatch):
         return True
 
     assert World(2).run(measure) == [True, True]
+
+
+def test_a_candidate_that_gives_other_logits_than_stock_is_not_timed(batches):
+    stock = torch.randn(16, 100, generator=torch.Generator().manual_seed(0))
+
+    def measure(group):
+        timer, model_runner, runtime = meter(group)
+
+        def forward(batch):
+            (row,) = runtime.table.rows
+            is_wrong = row.fuse_ctas == 16 and group.rank == 1
+            logits = stock.flip(0) if is_wrong else stock * (1 + 1e-2 * row.fuse_ctas)
+            output = SimpleNamespace(next_token_logits=logits)
+            return SimpleNamespace(logits_output=output)
+
+        model_runner.forward = forward
+        times = timer.measure([OFF, FUSE_8], Mode.DECODE, 8, 2)  # a hundredth per CTA is rounding
+        with pytest.raises(NotMeasurableError, match="fuse of a decode of 8 tokens gives other"):
+            timer.measure([OFF, FUSE_8, FUSE_16], Mode.DECODE, 8, 0)
+        return [len(each) for each in times]
+
+    assert World(2).run(measure) == 2 * [[2, 2]]
+
+
+def test_what_counts_as_other_logits():
+    stock = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(8, 1000, generator=torch.Generator().manual_seed(1))
+    assert not differ(stock, stock)
+    assert not differ(stock + 0.4 * noise, stock)
+    assert differ(noise, stock)
+    assert differ(torch.zeros_like(stock), stock)
+    assert differ(torch.full_like(stock, torch.nan), stock)
+    assert not differ(torch.zeros(1, 9), torch.zeros(1, 9))
+    assert not differ(noise, torch.full_like(stock, torch.inf))  # stock itself overflows
 
 
 @pytest.mark.parametrize("version", VERSIONS)

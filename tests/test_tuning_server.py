@@ -114,6 +114,22 @@ def test_the_next_server_reads_what_a_person_edited_weaves_it_and_drops_what_los
     assert len(re.findall("TokenWeave drops a plan .* prefill batches from 64 tokens", log)) == 1
 
 
+def test_a_candidate_that_computes_something_else_than_stock_gets_no_table(
+    model: Callable[[str], Path], stock: Callable[..., Answers], tmp_path: Path
+) -> None:
+    """The ranks never get each other's rows."""
+    wrong = "_gather = ReferenceTransport._all_gather\n"
+    wrong += "ReferenceTransport._all_gather = lambda self, own, out: _gather(self, own, out * 1)"
+    loses = after_import(tmp_path, "sglang_tokenweave.reference", wrong)
+    cold = {"XDG_CACHE_HOME": str(tmp_path)}
+    flags = ("--max-running-requests", "8", "--tokenweave-tune", "force")
+    with Server(model("llama"), flags=flags, environment=cold, pythonpath=[loses]) as server:
+        state = server.tokenweave()
+    assert state is not None
+    assert "gives other logits than stock" in " ".join(state["notes"])
+    assert state["tuned"] is None
+
+
 def _woven(bucket):
     """Return a bucket that weaves prompts and decodes by the one-shot op."""
     tried = [each.candidate for each in bucket.measured]

@@ -8,6 +8,8 @@ the same numbers, so that a search that decides by them does the same on all of 
 Of a deep model only the first layers run, whatever runs them: the layers are alike, and capturing
 a graph takes as long as it has layers. Times are scaled to all layers, which counts what is outside
 of them several times; the weave has more of that than stock, so it is chosen no sooner.
+
+Before it is timed, a candidate has to give stock's logits, roughly: no table has one that is wrong.
 """
 
 import time
@@ -25,9 +27,13 @@ from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.stock_graphs import Taken
-from sglang_tokenweave.tuning.table import Candidate
+from sglang_tokenweave.tuning.table import OFF, Candidate
 
 MOST_LAYERS = 8  # that run
+# Of logits, relative to stock's. Another order of roundings may send a token to another expert, so
+# it has to be large; logits that have nothing to do with stock's are sqrt(2) away.
+MOST_DIFFERENCE = 0.5
+_COMPARED_ROWS = 8
 
 
 class NotMeasurableError(RuntimeError):
@@ -54,6 +60,7 @@ class Meter:
         self._first_woven: WovenGraphs | None = None  # whose memory all others share
         self._in_stock_graphs: dict[Candidate, Taken] = {}
         self._warm: set[tuple[Candidate, Mode, int]] = set()
+        self._stock_logits: dict[tuple[Mode, int], torch.Tensor] = {}
         self._began = time.perf_counter()
         self._spent_s = 0.0
 
@@ -68,16 +75,20 @@ class Meter:
 
         Every round runs all candidates once, after the ranks have met. Before its first round a
         candidate runs once untimed: graphs are captured, kernels are chosen and memory is allocated
-        then. With 0 rounds, that is all.
+        then, and its logits are compared with those of OFF, which comes first at every size. With 0
+        rounds, that is all.
 
         Raises:
-            NotMeasurableError: a candidate failed, or did not run as planned; on all ranks.
+            NotMeasurableError: a candidate failed, gave other logits than stock, or did not run as
+                planned; on all ranks.
         """
         times: list[list[float]] = [[] for _ in candidates]
         with self._aside():
             try:
                 self._run(candidates, mode, tokens, times, rounds)
                 problems = [_problem(reason) for reason in self._runtime.stats.fallbacks]
+            except NotMeasurableError as error:
+                problems = [str(error)]
             except Exception as error:  # noqa: BLE001 - whatever it is, such a server runs stock
                 problems = [f"{type(error).__name__}: {error}"]
         return self._agree(times, problems)
@@ -93,19 +104,30 @@ class Meter:
         lengths = dummy.lengths(self._model_runner, mode, tokens)
         with dummy.borrowed_rows(self._model_runner, lengths) as slots:
 
-            def run(candidate: Candidate) -> float:
+            def prepared(candidate: Candidate) -> Callable[[], Any]:
                 batch = dummy.batch(self._model_runner, mode, lengths, slots)
                 self._bring_about(candidate, mode, tokens)
-                return _time_us(lambda: self._model_runner.forward(batch), slots[0].device)
+                return lambda: self._model_runner.forward(batch)
 
             for candidate in candidates:
                 if (candidate, mode, tokens) not in self._warm:
-                    run(candidate)
+                    output = prepared(candidate)()
+                    self._compare(candidate, mode, tokens, seams.next_token_logits(output))
                     self._warm.add((candidate, mode, tokens))
             for _ in range(rounds):
                 self._group.gather(None)
                 for candidate, found in zip(candidates, times, strict=True):
-                    found.append(run(candidate))
+                    found.append(_time_us(prepared(candidate), slots[0].device))
+
+    def _compare(self, candidate: Candidate, mode: Mode, tokens: int, logits: torch.Tensor) -> None:
+        # A copy: a graph writes into the same memory again.
+        rows = logits[:_COMPARED_ROWS].to(torch.float32, copy=True)
+        if candidate == OFF:
+            self._stock_logits[mode, tokens] = rows
+        elif differ(rows, self._stock_logits[mode, tokens]):
+            raise NotMeasurableError(
+                f"{candidate.kind} of a {mode} of {tokens} tokens gives other logits than stock"
+            )
 
     def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let the next batch of this size run the candidate, in the graph that it would have."""
@@ -189,6 +211,17 @@ class Meter:
         return [
             [scale * max(of_round) for of_round in zip(*each, strict=True)] for each in by_candidate
         ]
+
+
+def differ(logits: torch.Tensor, stock: torch.Tensor) -> bool:
+    """Whether logits are further from stock's than rounding explains.
+
+    Args:
+        logits, stock: `[rows, vocabulary]`, float32. Not finite ones of stock tell nothing.
+    """
+    if not bool(stock.isfinite().all()):
+        return False
+    return not bool((logits - stock).norm() <= MOST_DIFFERENCE * stock.norm())  # NaN differs
 
 
 def _problem(reason: str) -> str:
