@@ -254,17 +254,18 @@ def _communication(
     device = torch.device(model_runner.device)
     name = _transport(device)
     rows = _capacity(seams.resolved_arguments()), model_runner.model_config.hf_config.hidden_size
-    make = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
+    create = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
+    # The one-shot op has not run on GPUs yet: a table has to name it, the tuner does not try it.
+    make = partial(create, has_one_shot=table.needs_one_shot)
     measures = state.config.measures(on_cpu=state.on_cpu) and state.pp_size == 1
     is_tried = name == "peer" and measures and state.tuned is None
-    needs = {"copy_engines": table.needs_copy_engines, "one_shot": table.needs_one_shot}
     try:
-        return make(**{f"has_{name}": needed or is_tried for name, needed in needs.items()})
+        return make(has_copy_engines=table.needs_copy_engines or is_tried)
     except DisagreementError as error:  # the same on all ranks
-        if any(needs.values()) or not is_tried:
+        if table.needs_copy_engines or not is_tried:
             raise
-        state.notes += (f"copy engines and the one-shot op ({error})",)
-        return make(has_copy_engines=False, has_one_shot=False)
+        state.notes += (f"copy engines ({error})",)
+        return make(has_copy_engines=False)
 
 
 def _measure(model_runner: Any, runtime: Runtime) -> None:

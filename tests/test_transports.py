@@ -9,7 +9,7 @@ from distributed import run_ranks
 from sglang_tokenweave import install, seams, transports
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.config import TRANSPORTS, TokenWeaveConfig
-from sglang_tokenweave.plan import PlanTable
+from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.tuning import tuner
 from sglang_tokenweave.tuning.measure import NotMeasurableError
 
@@ -103,7 +103,7 @@ def communicate(monkeypatch):
     def create(name, device, group, *rows, has_copy_engines, has_one_shot):
         if has_copy_engines:
             raise DisagreementError("no copy engines here")
-        return "transport", rows
+        return "one-shot transport" if has_one_shot else "transport", rows
 
     monkeypatch.setattr(transports, "create", create)
     arguments = {"enable_dynamic_chunking": False, "max_running_requests": 8}
@@ -115,11 +115,12 @@ def communicate(monkeypatch):
         device="cuda", dtype=BF16, model_config=SimpleNamespace(hf_config=hf_config)
     )
 
-    def run(**options):
+    def run(*added, **options):
         config = TokenWeaveConfig(enabled=True, **options)
         monkeypatch.setattr(install, "state", install.State(config))
         thresholds = {"min_tokens": 9, "fuse_min_tokens": 0, "decode_min_tokens": 0}
         table = PlanTable.from_thresholds(**thresholds, ctas=config.ctas, fuse_ctas=16)
+        table = PlanTable((*table.rows, *added))
         return install._communication(runner, SimpleNamespace(group=None), table)
 
     return run
@@ -127,11 +128,16 @@ def communicate(monkeypatch):
 
 def test_a_measurement_does_without_copy_engines_that_cannot_be_made(communicate):
     assert communicate(tune="auto") == ("transport", (2048, 64, BF16))
-    assert install.state.notes == ("copy engines and the one-shot op (no copy engines here)",)
+    assert install.state.notes == ("copy engines (no copy engines here)",)
     assert communicate(transport="peer", tune="off") == ("transport", (2048, 64, BF16))
     assert install.state.notes == ()  # nothing asked for them
     assert communicate(transport="peer", min_tokens=99) == ("transport", (2048, 64, BF16))
     assert install.state.notes == ()
+
+
+def test_the_one_shot_op_is_made_for_a_table_that_names_it(communicate):
+    few = PlanRow(Mode.DECODE, 1, Kind.FUSE)
+    assert communicate(few, tune="auto") == ("one-shot transport", (2048, 64, BF16))
 
 
 @pytest.mark.parametrize("tune", ["off", "auto"])
