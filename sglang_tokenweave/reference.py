@@ -131,19 +131,11 @@ class ReferenceTransport:
     ) -> Pending:
         """See `Transport.allreduce_rmsnorm`."""
 
-        is_one_shot = ctas == 0 and not beside
+        to = slot if out is None else out
+        is_whole = ctas == 0 and not beside
 
         def run() -> None:
-            mine = self._reduce_scatter(slot)
-            owned = slot.owned_rows(self.rank, self.world_size)
-            mine = mine[: owned.stop - owned.start]
-            own = residual[owned] if is_one_shot and residual is not None else residual
-            normalised, total = rmsnorm(mine, own, weight, eps, weight_offset)
-            self._publish(normalised, slot if out is None else out)
-            if is_one_shot and residual is not None:
-                self._all_gather(total, residual)
-            elif residual is not None:
-                residual.copy_(total)
+            self._run(slot, residual, weight, eps, weight_offset, to, is_whole=is_whole)
 
         pending = self._on_thread(run) if self._worker else self._on_stream(run)
         if not beside:
@@ -178,8 +170,26 @@ class ReferenceTransport:
             run()
             return StreamPending(self._stream.record_event())
 
-    def _publish(self, normalised: torch.Tensor, out: Slot) -> None:
-        """Bring every rank's rows to all of them."""
+    def _run(
+        self,
+        slot: Slot,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: Slot,
+        *,
+        is_whole: bool,  # the residual
+    ) -> None:
+        mine = self._reduce_scatter(slot)
+        owned = slot.owned_rows(self.rank, self.world_size)
+        mine = mine[: owned.stop - owned.start]
+        own = residual[owned] if is_whole and residual is not None else residual
+        normalised, total = rmsnorm(mine, own, weight, eps, weight_offset)
+        if is_whole and residual is not None:
+            self._all_gather(total, residual)
+        elif residual is not None:
+            residual.copy_(total)
         if out.scales is None:
             self._all_gather(normalised, out.tensor)
             return
