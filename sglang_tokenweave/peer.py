@@ -147,7 +147,13 @@ class PeerTransport:
                 CTAs.
         """
         if ctas == 0 and not beside:
-            return self._launch_one_shot(slot, residual, weight, eps, weight_offset, out)
+            if self._one_shot is None:
+                raise ValueError("ctas is 0: this transport has no one-shot op, give 2 or more")
+            to = (slot if out is None else out).tensor
+            self._one_shot.op.launch(
+                slot.tensor, residual, weight, eps, out=to, weight_offset=weight_offset
+            )
+            return Done()
         region, x = self._find(slot)
         if ctas == 0:
             if region.copy_engine is None or out is not None:
@@ -171,27 +177,6 @@ class PeerTransport:
             stream=stream,
         )
         return StreamPending(stream.record_event()) if beside else Done()
-
-    def _launch_one_shot(
-        self,
-        slot: Slot,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_offset: float,
-        out: Slot | None,
-    ) -> Pending:
-        if self._one_shot is None:
-            raise ValueError("ctas is 0: this transport has no one-shot op, give 2 or more")
-        self._one_shot.op.launch(
-            slot.tensor,
-            residual,
-            weight,
-            eps,
-            out=slot.tensor if out is None else out.tensor,
-            weight_offset=weight_offset,
-        )
-        return Done()
 
     def close(self) -> None:
         """Unmap all memory; a collective call."""

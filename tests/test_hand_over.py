@@ -17,8 +17,8 @@ from sglang_tokenweave.weave import Half
 
 HIDDEN, CAPACITY = 8, 64
 # (tokens, cut or None): one row, fewer rows than ranks, a half of one row, nothing divisible.
-BATCHES = [(1, None), (2, 1), (5, 4), (30, None), (37, 11), (64, 32)]
-WHOLE = (0, 3)  # of them: every rank holds the whole residual, as after a one-shot op
+BATCHES = [(1, None), (2, 1), (5, 4), (30, None), (37, 11), (64, 32), (1, None), (30, None)]
+WHOLE = (6, 7)  # of them: every rank holds the whole residual, as after a one-shot op
 
 
 class Group:

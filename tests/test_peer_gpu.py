@@ -148,6 +148,15 @@ def test_two_streams_in_a_graph_many_times():
     torch.testing.assert_close(outputs[0].pow(2).mean(-1), torch.ones(2048), rtol=2e-2, atol=2e-2)
 
 
+def check_all(ranks):
+    for answers in zip(*ranks, strict=True):
+        for answer in answers:
+            assert answer["error"] < 4e-3  # as above
+            assert answer["residual_error"] < 4e-3
+            assert answer["beyond"]
+            assert torch.equal(answer["output"], answers[0]["output"])
+
+
 def _copied_on_rank(rank):
     from sglang_tokenweave.peer import PeerTransport
 
@@ -164,12 +173,7 @@ def _copied_on_rank(rank):
 
 
 def test_the_copy_engines_give_the_same_as_the_kernel():
-    for answers in zip(*run_ranks(_copied_on_rank, WORLD, timeout_s=300), strict=True):
-        for answer in answers:
-            assert answer["error"] < 4e-3  # as above
-            assert answer["residual_error"] < 4e-3
-            assert answer["beyond"]
-            assert torch.equal(answer["output"], answers[0]["output"])
+    check_all(run_ranks(_copied_on_rank, WORLD, timeout_s=300))
 
 
 def _one_shot_on_rank(rank):
@@ -185,6 +189,8 @@ def _one_shot_on_rank(rank):
     many = buffer.slot(0, 257)
     with pytest.raises(ValueError, match="257 rows: the staging is for 1 to 256"):
         transport.allreduce_rmsnorm(many, None, many.tensor[0], EPS, ctas=0, beside=False)
+    with pytest.raises(ValueError, match="no copy engine serves this op"):
+        transport.allreduce_rmsnorm(many, None, many.tensor[0], EPS, ctas=0, beside=True)
     transport.close()
     return answers
 
@@ -192,12 +198,7 @@ def _one_shot_on_rank(rank):
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_one_shot_op_and_the_kernel_take_turns():
-    for answers in zip(*run_ranks(_one_shot_on_rank, WORLD, timeout_s=300), strict=True):
-        for answer in answers:
-            assert answer["error"] < 4e-3  # as above
-            assert answer["residual_error"] < 4e-3
-            assert answer["beyond"]
-            assert torch.equal(answer["output"], answers[0]["output"])
+    check_all(run_ranks(_one_shot_on_rank, WORLD, timeout_s=300))
 
 
 def _fp8_on_rank(rank):
