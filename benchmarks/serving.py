@@ -147,15 +147,16 @@ def _server(options: argparse.Namespace, model: str, contender: Contender) -> It
 
 @contextmanager
 def _servers(options: argparse.Namespace, model: str) -> Iterator[dict[str, int]]:
-    """Start all servers, ours alone first as it may measure; yield their ports by variant."""
+    """Start all servers, one that may measure alone and first; yield their ports by variant."""
     together = contenders(options) if options.together else []
+    first = [each for each in together if each.weaves and "--tokenweave-table" not in each.flags]
     with ExitStack() as stack:
 
         def start(contender: Contender) -> int:
             return stack.enter_context(_server(options, model, contender))
 
-        ports = {each.variant: start(each) for each in together if each.weaves}
-        others = [each for each in together if not each.weaves]
+        ports = {each.variant: start(each) for each in first}
+        others = [each for each in together if each not in first]
         with ThreadPoolExecutor(1 if options.cpu else len(others) or 1) as pool:
             ports |= zip([each.variant for each in others], pool.map(start, others), strict=True)
         yield ports

@@ -10,8 +10,8 @@ import torch
 from server import Server
 
 from benchmarks import forward_timer
-from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, Kind
-from sglang_tokenweave.tuning.table import OFF, Candidate
+from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Measurement
 from sglang_tokenweave.tuning.text import read_file, to_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,10 +239,11 @@ def test_the_one_shot_op_runs_in_stock_graphs(model, tp, stock, in_float32, tmp_
         pytest.skip("emulated ranks have no one-shot op")
     path = tmp_path / "table.yaml"
     flags = ("--tokenweave-strict", "--tokenweave-table", str(path), "--max-running-requests", "16")
-    tuned = (*flags, "--tokenweave-tune", "force", "--tokenweave-tune-seconds", "30")
+    tuned = (*flags, "--tokenweave-tune", "force", "--tokenweave-tune-seconds", "10")
     with server(model, tp, "tokenweave", tuned):
         table, _ = read_file(path)
-    path.write_text(to_text(replace(table, buckets=tuple(map(one_shot, table.buckets)))))
+    # As somebody may write it: all small decodes by the one-shot op.
+    path.write_text(to_text(replace(table, buckets=tuple(map(by_one_shot, (1, 16))))))
     with server(model, tp, "tokenweave", flags) as running:
         found = decode_all(running)
         state = running.tokenweave()
@@ -252,12 +253,11 @@ def test_the_one_shot_op_runs_in_stock_graphs(model, tp, stock, in_float32, tmp_
     assert error_of_decoded(found, in_float32) <= 1.1 * error_of_decoded(stock[1], in_float32)
 
 
-def one_shot(bucket):
-    """Return a bucket as somebody may edit it: it chooses the one-shot op, if it is small."""
-    if bucket.tokens > MOST_ONE_SHOT_TOKENS:
-        return bucket
-    added = replace(bucket.time_of(OFF), candidate=Candidate(Kind.FUSE))
-    return replace(bucket, chosen=added.candidate, measured=(*bucket.measured, added))
+def by_one_shot(tokens):
+    """Return a bucket of decodes that chooses the one-shot op."""
+    candidates = (OFF, Candidate(Kind.FUSE))
+    times = tuple(Measurement(each, us=1.0, spread_us=0.0, rounds=5) for each in candidates)
+    return Bucket(Mode.DECODE, tokens, candidates[1], times)
 
 
 def test_decodes_woven_in_stock_graphs_are_as_exact_as_stock(
