@@ -13,7 +13,8 @@ from sglang_tokenweave import seams
 from sglang_tokenweave.split import UnsplittableError, cut_unchecked
 from sglang_tokenweave.weave import Context
 
-# The fields of fa3's metadata, for one token a request. One in none of these sets that holds
+ATTENTION_BACKENDS = frozenset({"fa3"})
+# The fields of its metadata, for one token a request. One in none of these sets that holds
 # anything but its default is not understood.
 _ROWS = frozenset({"cache_seqlens_int32", "page_table"})  # one a request
 _SHARED = frozenset({"max_seq_len_q", "max_seq_len_k", "window_size"})  # bounds of any part

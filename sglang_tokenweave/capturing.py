@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from sglang_tokenweave import refusals, seams, stock_graphs
+from sglang_tokenweave import captured_attention, refusals, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError, as_group, step
-from sglang_tokenweave.graphs import WovenGraphs
+from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stock_graphs import StockGraphs
 
@@ -30,7 +30,10 @@ def why_not(model_runner: Any, runtime: Runtime) -> str | None:
         return "not with a pipeline"
     if seams.has_sliding_window_cache(model_runner):  # its slots are looked up on the CPU
         return "not with a cache for sliding windows"
-    return refusals.graph_reason(model_runner.prefill_attention_backend_str)
+    return refusals.graph_reason(
+        model_runner.prefill_attention_backend_str,
+        has_windows=seams.has_sliding_windows(model_runner),
+    )
 
 
 def capture(
@@ -60,7 +63,12 @@ def _none_yet(model_runner: Any, runtime: Runtime) -> WovenGraphs:
             runtime.weave,
             runtime.transport,
             runtime.buffer,
-            [seams.captured_attention_backend(model_runner) for _ in range(2)],
+            captured_attention.make(
+                model_runner.prefill_attention_backend_str,
+                model_runner,
+                request_slots=REQUEST_SLOTS,
+                most_rows=runtime.buffer.capacity,
+            ),
             attention.o_proj.input_size_per_partition,
             partial(seams.forward_batch, model_runner, is_decode=False),
             model_runner.model_config.context_len,

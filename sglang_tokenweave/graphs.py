@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sglang_tokenweave import gemm_sms, seams
+from sglang_tokenweave.captured_attention import CapturedAttention
 from sglang_tokenweave.plan import GraphShape, Kind, Plan
 from sglang_tokenweave.split import Requests
 from sglang_tokenweave.transport import SymmetricBuffer, Transport
@@ -43,7 +44,7 @@ class WovenGraphs:
         run: Callable[[Sequence[Half], Plan], None],
         transport: Transport,
         buffer: SymmetricBuffer,
-        backends: Sequence[Any],
+        attentions: Sequence[CapturedAttention],
         attention_columns: int,
         make_batch: Callable[..., Any],
         max_context: int,
@@ -52,7 +53,7 @@ class WovenGraphs:
 
         Args:
             run: the woven stages, from the embedding to normalised rows in the slots.
-            backends: SGLang's attention backends, one for each half, of these graphs alone.
+            attentions: one for each half, of these graphs alone.
             attention_columns: of attention's output on this rank.
             make_batch: returns SGLang's ForwardBatch of prompts with the fields that it is given.
             max_context: tokens that a request can have.
@@ -60,7 +61,7 @@ class WovenGraphs:
         self._run = run
         self._transport = transport
         self._buffer = buffer
-        self._backends = backends
+        self._attentions = attentions
         self._make_batch = make_batch
         self._max_context = max_context
         rows, like = buffer.capacity, buffer.tensor
@@ -73,7 +74,7 @@ class WovenGraphs:
         # Attention leaves rows of padding unwritten: whatever is there must be finite.
         self._attention = like.new_zeros(rows, attention_columns)
         # Of both halves, whose last share may be short: one graph runs at a time.
-        owned = -(-rows // transport.world_size) + len(backends)
+        owned = -(-rows // transport.world_size) + len(attentions)
         self._residual = like.new_zeros(owned, like.shape[1])
         self._graphs: dict[int, _WovenGraph] = {}
         self.shapes: tuple[GraphShape, ...] = ()
@@ -121,13 +122,12 @@ class WovenGraphs:
 
     def _halves(self, num_tokens: int, cut: int) -> tuple[Half, Half]:
         one = slice(0, 1)
-        self._fill_requests(
-            (Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,)))
-        )
+        requests = Requests(one, (cut,), (0,)), Requests(one, (num_tokens - cut,), (cut,))
+        self._fill_requests(requests)
         first = self._half(0, 0, cut, self._residual)
         second = self._half(1, cut, num_tokens, self._residual[first.residual.shape[0] :])
-        for half, backend in zip((first, second), self._backends, strict=True):
-            backend.init_forward_metadata_out_graph(half.batch, in_capture=True)
+        for half, attention, own in zip((first, second), self._attentions, requests, strict=True):
+            attention.begin(half.batch, own)
         second.prepare = partial(self._prepare_attention, (first, second))
         return first, second
 
@@ -161,13 +161,13 @@ class WovenGraphs:
             residual=residual[: owned.stop - owned.start],
             positions=positions,
             batch=batch,
-            context=partial(seams.attention_context, self._backends[index], batch),
+            context=partial(seams.attention_context, self._attentions[index].backend, batch),
         )
 
     def _prepare_attention(self, halves: tuple[Half, Half]) -> None:
         """Refill the metadata of both halves, on the device: dozens of launches otherwise."""
-        for half, backend in zip(halves, self._backends, strict=True):
-            backend.init_forward_metadata_out_graph(half.batch)
+        for half, attention in zip(halves, self._attentions, strict=True):
+            attention.refill(half.batch)
 
     def replay(self, plan: Plan, batch: Any, requests: tuple[Requests, Requests]) -> None:
         """Take a batch through all stages; its normalised rows are in the buffer afterwards.
@@ -189,6 +189,8 @@ class WovenGraphs:
         for rows, own in zip(self._pool_rows, requests, strict=True):
             indices = batch.req_pool_indices[own.rows]
             rows[: indices.shape[0]].copy_(indices)
+        for attention, own in zip(self._attentions, requests, strict=True):
+            attention.plan(own)
         woven.graph.replay()
 
     def _fill_requests(self, requests: tuple[Requests, Requests]) -> None:

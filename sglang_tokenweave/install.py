@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sglang_tokenweave import (
     announcement,
     architectures,
+    captured_decode,
     capturing,
     deadlines,
     model_facts,
@@ -128,10 +129,8 @@ def after_init_attention_backends(result: None, model_runner: Any) -> None:
         _decline((reason,))
         return
     backends = [seams.new_attention_backend(model_runner) for _ in range(2)]
-    is_captured = all(refusals.graph_reason(name) is None for name in names)
-    runtime.activate(
-        (backends[0], backends[1]), cuts_captured_decodes=is_captured and len(names) == 1
-    )
+    can_cut = len(names) == 1 and names <= captured_decode.ATTENTION_BACKENDS
+    runtime.activate((backends[0], backends[1]), cuts_captured_decodes=can_cut)
     _announce(runtime)
 
 

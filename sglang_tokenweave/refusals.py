@@ -7,8 +7,10 @@ from typing import Any
 ATTENTION_BACKENDS = frozenset(
     {"fa3", "fa4", "flashinfer", "triton", "trtllm_mha", "torch_native", "intel_amx"}
 )
-# Of those, the ones that a woven CUDA graph may hold: their metadata stay where they are.
-GRAPH_ATTENTION_BACKENDS = frozenset({"fa3"})
+# Of those, the ones that a woven CUDA graph may hold, see captured_attention.py; and the ones that
+# do so where layers look back on a window: the others need metadata of their own for that.
+GRAPH_ATTENTION_BACKENDS = frozenset({"fa3", "flashinfer", "triton"})
+GRAPH_WINDOW_BACKENDS = frozenset({"fa3"})
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ def attention_reason(backends: set[str]) -> str | None:
     return f"attention backend {', '.join(unknown)} is not supported; supported: {allowed}"
 
 
-def graph_reason(backend: str) -> str | None:
+def graph_reason(backend: str, *, has_windows: bool) -> str | None:
     """Return why a CUDA graph cannot hold a woven forward with this attention backend, or None."""
-    if backend in GRAPH_ATTENTION_BACKENDS:
+    allowed = GRAPH_WINDOW_BACKENDS if has_windows else GRAPH_ATTENTION_BACKENDS
+    if backend in allowed:
         return None
-    allowed = ", ".join(sorted(GRAPH_ATTENTION_BACKENDS))
-    return f"attention backend {backend} is not captured; captured: {allowed}"
+    model = "a model with sliding windows" if has_windows else "this model"
+    names = ", ".join(sorted(allowed))
+    return f"attention backend {backend} is not captured with {model}; captured: {names}"

@@ -4,6 +4,7 @@ The releases differ in places; nothing outside this file knows which one is inst
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -197,8 +198,25 @@ def has_sliding_window_cache(model_runner: Any) -> bool:
 
 
 def captured_attention_backend(model_runner: Any) -> Any:
-    """Create an attention backend whose calls are captured in CUDA graphs."""
-    return without_splits_of_keys(new_attention_backend(model_runner))
+    """Create an attention backend of prompts whose calls are captured in CUDA graphs."""
+    backend = new_attention_backend(model_runner)
+    if isinstance(backend, _resolve("layers.attention.hybrid_attn_backend:HybridAttnBackend")):
+        backend = backend.prefill_backend
+    return without_splits_of_keys(backend)
+
+
+def kv_indices_kernel() -> Any:
+    """Return SGLang's Triton kernel that lists the KV slots of several requests."""
+    name = "create_flashinfer_kv_indices_triton"
+    places = ("attention", "kvcache")  # the second before 0.5.23
+    modules = [f"sglang.kernels.ops.{place}.kv_indices" for place in places]
+    found = next(module for module in modules if importlib.util.find_spec(module) is not None)
+    return getattr(importlib.import_module(found), name)
+
+
+def has_sliding_windows(model_runner: Any) -> bool:
+    """Whether some layers look back on the last tokens only."""
+    return model_runner.sliding_window_size is not None
 
 
 def without_splits_of_keys(backend: Any) -> Any:

@@ -32,10 +32,10 @@ from sglang_tokenweave.split import UnsplittableError
 # from the batch. Each cut is said.
 CAPTURES = """
 import os
-from sglang_tokenweave import captured_decode, refusals, seams
+from sglang_tokenweave import captured_decode, seams
 seams.graph_owns_forward = lambda: True
 captured_decode._backend_of = lambda backend, requests: backend
-refusals.graph_reason = lambda name: None
+captured_decode.ATTENTION_BACKENDS = frozenset({"intel_amx", "torch_native"})
 _cut = captured_decode.cut
 def cut(batch, num_requests):
     os.write(1, f"captured decode: {batch.batch_size}, {num_requests}\\n".encode())

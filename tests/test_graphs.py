@@ -25,11 +25,19 @@ SIZE, CUT, HIDDEN, WORLD_SIZE = 48, 24, 4, 2
 PLAN = Plan(Kind.WEAVE, CUT, 0, 4, graph_tokens=SIZE)
 
 
-class Backend:
-    """An attention backend that keeps what it was told in the graph."""
+class Attention:
+    """Attention that keeps what it was told, on the host and in the graph."""
 
-    def init_forward_metadata_out_graph(self, batch, in_capture=False):
-        self.seen = None if in_capture else batch
+    backend = None
+
+    def begin(self, batch, requests):
+        self.seen, self.planned = None, None
+
+    def refill(self, batch):
+        self.seen = batch
+
+    def plan(self, requests):
+        self.planned = requests
 
 
 class Graphs(WovenGraphs):
@@ -44,7 +52,7 @@ def make_graphs(rank):
         run=lambda halves, plan: None,
         transport=SimpleNamespace(rank=rank, world_size=WORLD_SIZE),
         buffer=SymmetricBuffer(torch.full((64, HIDDEN), 9.0)),
-        backends=[Backend(), Backend()],
+        attentions=[Attention(), Attention()],
         attention_columns=8,
         make_batch=lambda **fields: SimpleNamespace(**fields),
         max_context=100,
@@ -78,7 +86,8 @@ def test_the_halves_are_those_of_the_batch_and_nothing_is_left_of_the_one_before
     batch = replay(graphs, *now)
 
     halves = graphs._graphs[SIZE].halves
-    assert [backend.seen for backend in graphs._backends] == [half.batch for half in halves]
+    assert [each.seen for each in graphs._attentions] == [half.batch for half in halves]
+    assert tuple(each.planned for each in graphs._attentions) == cut_requests(batch, CUT)
     for half, part in zip(halves, cut_batch(batch, CUT), strict=True):
         is_padded(half.batch.input_ids, part.input_ids)
         is_padded(half.positions, part.positions)
@@ -143,7 +152,7 @@ def test_siblings_share_memory_and_no_graph():
     assert (other.shapes, other._graphs) == ((), {})
     other.capture(SIZE, Plan(Kind.WEAVE, CUT + 1, 0, 4))
     assert [shape.cut for shape in (*graphs.shapes, *other.shapes)] == [CUT, CUT + 1]
-    for name in ("_input_ids", "_residual", "_attention", "_backends"):
+    for name in ("_input_ids", "_residual", "_attention", "_attentions"):
         assert getattr(other, name) is getattr(graphs, name)
 
 

@@ -217,6 +217,15 @@ def test_woven_graphs_are_as_exact_as_stock(model, tp, emulation, stock, referen
     assert is_as_exact(found, stock, reference)
 
 
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_other_attention_in_graphs_is_as_exact_as_stock(model, tp, emulation, reference, backend):
+    flags = ("--attention-backend", backend)
+    with server(model, tp, "stock", flags) as running:
+        stock = ask_all(running)
+    found = woven(model, tp, emulation, (*WEAVE, *flags))
+    assert is_as_exact(found, (stock,), reference)
+
+
 def test_copy_engines_in_graphs_are_as_exact_as_stock(model, tp, emulation, stock, reference):
     if tp == 1:
         pytest.skip("emulated ranks have no copy engines")
