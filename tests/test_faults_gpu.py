@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # else SGLang waits for one for a minute
 }
 PAUSE_S = 4
-END_DEADLINE_S = 75  # 30 s of ours, and what SGLang takes to end
+END_DEADLINE_S = 75  # 20 s of ours, and what SGLang takes to end
 # What a driver keeps of a process that has ended, for a while; and how long it may take to free the
 # rest, after a kernel that waits for a rank has come to its own deadline.
 KEPT_BYTES = 64 * 2**20
