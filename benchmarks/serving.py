@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
         with _model(options) as model, _servers(options, model) as together:
             for number in range(options.rounds):
+                # Should it be stopped, the file says how far it came.
+                begun = {"run": f"it was stopped in round {number + 1} of {options.rounds}"}
                 for _ in _round(options, model, number, seen, together):
-                    result = Result("serving", meta, _rows(seen))
-                    result.save(options.output)
+                    Result("serving", replace(meta, absent=begun), _rows(seen)).save(options.output)
+        result = Result("serving", meta, _rows(seen))
+        result.save(options.output)
     except (ServerError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
