@@ -13,7 +13,7 @@ import pytest
 import recording
 import torch
 from server import Server
-from test_woven_gpu import FLAGS, MODEL, WEAVE
+from woven_servers import FLAGS, MODEL, WEAVE
 
 pytestmark = [
     pytest.mark.gpu,
