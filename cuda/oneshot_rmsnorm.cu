@@ -12,6 +12,9 @@
 //   but one, which does, needs rows of the next one from everybody. A count in device memory tells
 //   the turn, so a captured launch can be replayed. Blocks need not run side by side: each sends
 //   its rows before it waits, and they start in order.
+//
+//   A launch takes about as long as the exchange of a few rows. So it may start early, beside the
+//   end of the kernel before, and lets the next one do so ("programmatic dependent launch").
 #include "block_row.cuh"
 
 constexpr int kMaxRanks = 8;
@@ -74,6 +77,7 @@ template <typename T, int kRanks, int kVecs, int kThreads>
 __global__ __launch_bounds__(kThreads, 1) void oneshot_rmsnorm(const __grid_constant__ Params p) {
     using ThreadRow = Row<T, kVecs, kThreads>;
     __shared__ float squares[ThreadRow::kWarps];
+    wait_for_kernel_before();
     u32 launches = p.state->launches, before = p.state->num_rows;
     ThreadRow sum{p.hidden / kVecElements};
     auto place = [&](u32 owner, u32 turn, u32 sender, u32 row, int v) {
@@ -94,6 +98,7 @@ __global__ __launch_bounds__(kThreads, 1) void oneshot_rmsnorm(const __grid_cons
             if (peer != p.rank)
                 store_relaxed_system(place(peer, launches, p.rank, blockIdx.x, v), sent[v]);
     }
+    let_next_kernel_start();  // while the rows travel
 
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {

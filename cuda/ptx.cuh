@@ -103,6 +103,17 @@ __device__ __forceinline__ void store_release_system(u64* pointer, u64 value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
+// A kernel that was launched to start early runs beside the end of the one before it in the stream:
+// nothing that one, or any before, has written may be read ahead of this, and nothing overwritten.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Once all blocks have come here, the next kernel of the stream may be brought onto the SMs.
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 __device__ __forceinline__ u64 nanoseconds() {
     u64 time;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -121,30 +122,57 @@ class Kernel:
 
     def launch(self, stream: int, num_blocks: int, parameters: ctypes.Structure) -> None:
         """Launch `num_blocks` blocks in clusters of two, with one struct as the only argument."""
+        self._launch(stream, num_blocks, _in_pairs, parameters)
+
+    def launch_early(self, stream: int, num_blocks: int, parameters: ctypes.Structure) -> None:
+        """Launch blocks that may start beside the end of the kernel before, and wait for it."""
+        self._launch(stream, num_blocks, _early, parameters)
+
+    def _launch(
+        self,
+        stream: int,
+        num_blocks: int,
+        make_attribute: Callable[[], Any],
+        parameters: ctypes.Structure,
+    ) -> None:
+        config = _launch_config(
+            stream, num_blocks, self.num_threads, self.shared_bytes, make_attribute
+        )
         # The driver copies the struct before it returns.
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        call(
-            "cuLaunchKernelEx",
-            _launch_config(stream, num_blocks, self.num_threads, self.shared_bytes),
-            self.function,
-            ctypes.addressof(pointers),
-            0,
-        )
+        call("cuLaunchKernelEx", config, self.function, ctypes.addressof(pointers), 0)
+
+
+def _in_pairs() -> Any:
+    attribute = bindings().CUlaunchAttribute()
+    attribute.id = bindings().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value.clusterDim.x = 2
+    attribute.value.clusterDim.y = 1
+    attribute.value.clusterDim.z = 1
+    return attribute
+
+
+def _early() -> Any:
+    attribute = bindings().CUlaunchAttribute()
+    ids = bindings().CUlaunchAttributeID
+    attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 @cache
-def _launch_config(stream: int, num_blocks: int, num_threads: int, shared_bytes: int) -> Any:
-    driver = bindings()
-    cluster = driver.CUlaunchAttribute()
-    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    cluster.value.clusterDim.x = 2
-    cluster.value.clusterDim.y = 1
-    cluster.value.clusterDim.z = 1
-    config = driver.CUlaunchConfig()
+def _launch_config(
+    stream: int,
+    num_blocks: int,
+    num_threads: int,
+    shared_bytes: int,
+    make_attribute: Callable[[], Any],
+) -> Any:
+    config = bindings().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
-    config.attrs = [cluster]
+    config.attrs = [make_attribute()]
     config.numAttrs = 1
     return config

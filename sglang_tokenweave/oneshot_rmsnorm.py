@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from sglang_tokenweave import add_rmsnorm
 from sglang_tokenweave.agreement import step
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import MAX_RANKS
@@ -172,7 +171,7 @@ class OneShotOp:
             weight_offset=weight_offset,
         )
         stream = torch.cuda.current_stream().cuda_stream
-        add_rmsnorm.launch(self._kernel, stream, x.shape[0], parameters)
+        self._kernel.launch_early(stream, x.shape[0], parameters)
         return out
 
     def _check(
