@@ -67,7 +67,7 @@ def _none_yet(model_runner: Any, runtime: Runtime) -> WovenGraphs:
                 model_runner.prefill_attention_backend_str,
                 model_runner,
                 request_slots=REQUEST_SLOTS,
-                most_rows=runtime.buffer.capacity,
+                most_rows=min(runtime.buffer.capacity, max(seams.graph_sizes(model_runner))),
             ),
             attention.o_proj.input_size_per_partition,
             partial(seams.forward_batch, model_runner, is_decode=False),
