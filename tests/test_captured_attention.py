@@ -213,3 +213,16 @@ def test_caches_whose_slots_are_translated_are_refused():
 def test_which_backends_a_graph_may_hold(backend, has_windows, reason):
     found = refusals.graph_reason(backend, has_windows=has_windows)
     assert found == reason or reason in found
+
+
+def test_of_two_backends_the_one_of_prompts_is_captured():
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    # flashinfer's attribute of this name says which kernels it uses.
+    prompts = SimpleNamespace(num_splits=0, prefill_backend="fa2")
+    both = HybridAttnBackend.__new__(HybridAttnBackend)
+    both.prefill_backend, both.decode_backend = prompts, SimpleNamespace()
+    for backend in (both, prompts):
+        runner = SimpleNamespace(_get_attention_backend=lambda backend=backend: backend)
+        assert seams.captured_attention_backend(runner) is prompts
+    assert prompts.num_splits == 1
