@@ -1,7 +1,6 @@
 """Feed the guard with the times of live batches, and let what it drops run stock."""
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from sglang_tokenweave.agreement import Group
 from sglang_tokenweave.plan import Kind, PlanRow
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.split import UnsplittableError
+from sglang_tokenweave.tuning.clock import clock_of
 from sglang_tokenweave.tuning.guard import Guard
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Live:
         """Watch the plans of `runtime`; `group` holds its ranks, and nobody else uses it."""
         self._runtime = runtime
         self._group = group
-        self._clock = _EventClock() if device.type == "cuda" else _WallClock()
+        self._clock = clock_of(device)
         self._guard = Guard()
         self._samples: list[_Sample] = []
 
@@ -101,30 +101,3 @@ class Live:
                 bucket.lost,
                 bucket.pairs,
             )
-
-
-class _WallClock:
-    """Times what is over when it returns."""
-
-    def time(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
-        began = time.perf_counter()
-        result = run()
-        us = (time.perf_counter() - began) * 1e6
-        return result, lambda: us
-
-
-class _EventClock:
-    """Times on the current stream, without waiting: the events are read later."""
-
-    def time(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
-        event: Any = torch.cuda.Event  # untyped
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        result = run()
-        end.record()
-
-        def read_us() -> float:
-            end.synchronize()
-            return float(start.elapsed_time(end)) * 1000
-
-        return result, read_us

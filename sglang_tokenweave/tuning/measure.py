@@ -9,6 +9,9 @@ Of a deep model only the first layers run, whatever runs them: the layers are al
 a graph takes as long as it has layers. Times are scaled to all layers, which counts what is outside
 of them several times; the weave has more of that than stock, so it is chosen no sooner.
 
+A prefill is timed alone, with what the device waits for its start. Decodes come one after another:
+they are timed in a row, behind one that keeps the device busy while the next is prepared.
+
 Before it is timed, a candidate has to give stock's logits, roughly: no table has one that is wrong.
 """
 
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from sglang_tokenweave.plan import Kind, Mode, PlanRow, PlanTable
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.stock_graphs import Taken
+from sglang_tokenweave.tuning.clock import clock_of
 from sglang_tokenweave.tuning.table import OFF, Candidate
 
 MOST_LAYERS = 8  # that run
@@ -34,6 +39,7 @@ MOST_LAYERS = 8  # that run
 # it has to be large; logits that have nothing to do with stock's are sqrt(2) away.
 MOST_DIFFERENCE = 0.5
 _COMPARED_ROWS = 8
+_IN_A_ROW = {Mode.PREFILL: 1, Mode.DECODE: 4}
 
 
 class NotMeasurableError(RuntimeError):
@@ -104,20 +110,24 @@ class Meter:
         lengths = dummy.lengths(self._model_runner, mode, tokens)
         with dummy.borrowed_rows(self._model_runner, lengths) as slots:
 
-            def prepared(candidate: Candidate) -> Callable[[], Any]:
-                batch = dummy.batch(self._model_runner, mode, lengths, slots)
+            def prepared(candidate: Candidate, count: int) -> list[Callable[[], Any]]:
+                batches = [
+                    dummy.batch(self._model_runner, mode, lengths, slots) for _ in range(count)
+                ]
                 self._bring_about(candidate, mode, tokens)
-                return lambda: self._model_runner.forward(batch)
+                return [partial(self._model_runner.forward, batch) for batch in batches]
 
             for candidate in candidates:
                 if (candidate, mode, tokens) not in self._warm:
-                    output = prepared(candidate)()
+                    (run,) = prepared(candidate, 1)
+                    output = run()
                     self._compare(candidate, mode, tokens, seams.next_token_logits(output))
                     self._warm.add((candidate, mode, tokens))
             for _ in range(rounds):
                 self._group.gather(None)
                 for candidate, found in zip(candidates, times, strict=True):
-                    found.append(_time_us(prepared(candidate), slots[0].device))
+                    runs = prepared(candidate, _IN_A_ROW[mode])
+                    found.append(_time_us(runs, slots[0].device))
 
     def _compare(self, candidate: Candidate, mode: Mode, tokens: int, logits: torch.Tensor) -> None:
         # A copy: a graph writes into the same memory again.
@@ -240,17 +250,15 @@ def _always(mode: Mode, candidate: Candidate) -> PlanTable:
     return PlanTable((row,))
 
 
-def _time_us(run: Callable[[], object], device: torch.device) -> float:
-    """Return how long the device works on what `run` starts, the wait for its start included."""
-    if device.type != "cuda":
-        began = time.perf_counter()
+def _time_us(runs: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Return how long the device works on one of `runs`, the wait for its start included.
+
+    Of several the first is not timed: it keeps the device busy.
+    """
+    ahead, timed = (runs[:1], runs[1:]) if len(runs) > 1 else ([], runs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for run in ahead:
         run()
-        return (time.perf_counter() - began) * 1e6
-    event: Any = torch.cuda.Event  # untyped
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()  # on the stream that the model runs on: side streams are joined to it
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1000
+    _, read_us = clock_of(device).time(lambda: [run() for run in timed])
+    return read_us() / len(timed)

@@ -1,0 +1,49 @@
+"""In which order a candidate's runs and the clock's events reach the device, without a device."""
+
+import pytest
+import torch
+
+from sglang_tokenweave.plan import Mode
+from sglang_tokenweave.tuning import measure
+
+
+class Event:
+    """One of torch's, which says when it is used; six milliseconds lie between any two."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        LOG.append("event")
+
+    def synchronize(self):
+        LOG.append("waits")
+
+    def elapsed_time(self, end):
+        return 6.0
+
+
+LOG: list[object] = []
+
+
+@pytest.mark.parametrize(
+    ("mode", "us", "order"),
+    [
+        # Its start counts: the device has nothing to do.
+        (Mode.PREFILL, 6000, ["idle", "event", 0, "event", "waits"]),
+        # Behind one that keeps the device busy, as a server's steps are.
+        (Mode.DECODE, 2000, ["idle", 0, "event", 1, 2, 3, "event", "waits"]),
+    ],
+)
+def test_what_is_timed(mode, us, order, monkeypatch):
+    LOG.clear()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: LOG.append("idle"))
+    runs = [lambda number=number: LOG.append(number) for number in range(measure._IN_A_ROW[mode])]
+    assert measure._time_us(runs, torch.device("cuda")) == us
+    assert order == LOG
+
+
+def test_on_a_cpu_a_run_is_timed_by_itself():
+    runs = [lambda: None] * 4
+    assert 0 <= measure._time_us(runs, torch.device("cpu")) < 1e6
