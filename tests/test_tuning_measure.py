@@ -39,11 +39,14 @@ def test_what_is_timed(mode, us, order, monkeypatch):
     LOG.clear()
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: LOG.append("idle"))
-    runs = [lambda number=number: LOG.append(number) for number in range(measure._IN_A_ROW[mode])]
-    assert measure._time_us(runs, torch.device("cuda")) == us
+    device = torch.device("cuda")
+    count = measure._in_a_row(mode, device)
+    runs = [lambda number=number: LOG.append(number) for number in range(count)]
+    assert measure._time_us(runs, device) == us
     assert order == LOG
 
 
 def test_on_a_cpu_a_run_is_timed_by_itself():
-    runs = [lambda: None] * 4
-    assert 0 <= measure._time_us(runs, torch.device("cpu")) < 1e6
+    device = torch.device("cpu")
+    assert measure._in_a_row(Mode.DECODE, device) == 1
+    assert 0 <= measure._time_us([lambda: None], device) < 1e6

@@ -39,7 +39,7 @@ MOST_LAYERS = 8  # that run
 # it has to be large; logits that have nothing to do with stock's are sqrt(2) away.
 MOST_DIFFERENCE = 0.5
 _COMPARED_ROWS = 8
-_IN_A_ROW = {Mode.PREFILL: 1, Mode.DECODE: 4}
+_DECODES_IN_A_ROW = 4
 
 
 class NotMeasurableError(RuntimeError):
@@ -126,7 +126,7 @@ class Meter:
             for _ in range(rounds):
                 self._group.gather(None)
                 for candidate, found in zip(candidates, times, strict=True):
-                    runs = prepared(candidate, _IN_A_ROW[mode])
+                    runs = prepared(candidate, _in_a_row(mode, slots[0].device))
                     found.append(_time_us(runs, slots[0].device))
 
     def _compare(self, candidate: Candidate, mode: Mode, tokens: int, logits: torch.Tensor) -> None:
@@ -248,6 +248,11 @@ def _always(mode: Mode, candidate: Candidate) -> PlanTable:
         cut_offset=candidate.cut_offset,
     )
     return PlanTable((row,))
+
+
+def _in_a_row(mode: Mode, device: torch.device) -> int:
+    # A CPU prepares nothing ahead.
+    return _DECODES_IN_A_ROW if mode is Mode.DECODE and device.type == "cuda" else 1
 
 
 def _time_us(runs: Sequence[Callable[[], object]], device: torch.device) -> float:
