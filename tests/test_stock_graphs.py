@@ -103,6 +103,7 @@ def server(runtime, table=NOTHING):
     return SimpleNamespace(
         device="cuda",
         attn_backend=SimpleNamespace(use_sliding_window_kv_pool=False),
+        sliding_window_size=None,
         prefill_attention_backend_str="fa3",
         prefill_cuda_graph_runner=Runner(
             Mode.PREFILL, "capture_num_tokens", [64, 128, 512], runtime
