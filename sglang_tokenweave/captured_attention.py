@@ -37,7 +37,7 @@ class CapturedAttention(Protocol):
 
 
 def make(
-    name: str, model_runner: Any, *, request_slots: int, most_rows: int
+    name: str, model_runner: Any, *, request_slots: int, most_rows: int, num_sms: int
 ) -> tuple[CapturedAttention, CapturedAttention]:
     """Return the attention of both halves.
 
@@ -45,6 +45,7 @@ def make(
         name: of the prefill backend, one of `refusals.GRAPH_ATTENTION_BACKENDS`.
         request_slots: requests of a half, at most.
         most_rows: new tokens of a half, at most.
+        num_sms: of the device.
 
     Raises:
         ValueError: this backend serves the model in a way that was not foreseen.
@@ -56,7 +57,7 @@ def make(
         context = model_runner.model_config.context_len
         take = partial(_Triton, table, request_slots, context)
     elif name == "flashinfer":
-        workspace = _workspace(first, request_slots, most_rows)
+        workspace = _workspace(first, request_slots, most_rows, num_sms)
         take = partial(_FlashInfer, workspace, table, request_slots, most_rows)
     return take(first), take(second)
 
@@ -156,7 +157,8 @@ class _FlashInfer:
             q_data_type=updater.q_data_type,
             kv_data_type=updater.data_type,
         )
-        self._is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's gap
+        event: Any = torch.cuda.Event  # untyped
+        self._is_copied = event()
         # The first plan tells the most rows that there will be.
         self.plan(Requests(slice(0, 1), (most_rows,), (0,)))
 
@@ -186,17 +188,16 @@ class _FlashInfer:
         return torch.tensor(list(accumulate(padded)), dtype=torch.int32)
 
 
-def _workspace(backend: Any, slots: int, most_rows: int) -> torch.Tensor:
+def _workspace(backend: Any, slots: int, most_rows: int, num_sms: int) -> torch.Tensor:
     """Return memory for the partial results of a half: both halves' are used by turns."""
     updater = backend.indices_updater_prefill
-    heads, kv_heads, dim = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
     size = workspace_bytes(
         slots,
         most_rows,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        num_sms=torch.cuda.get_device_properties().multi_processor_count,
+        num_heads=updater.num_qo_heads,
+        num_kv_heads=updater.num_kv_heads,
+        head_dim=updater.head_dim,
+        num_sms=num_sms,
     )
     return torch.empty(size, dtype=torch.uint8, device=backend.workspace_buffer.device)
 

@@ -68,6 +68,7 @@ def _none_yet(model_runner: Any, runtime: Runtime) -> WovenGraphs:
                 model_runner,
                 request_slots=REQUEST_SLOTS,
                 most_rows=min(runtime.buffer.capacity, max(seams.graph_sizes(model_runner))),
+                num_sms=runtime.model.num_sms,
             ),
             attention.o_proj.input_size_per_partition,
             partial(seams.forward_batch, model_runner, is_decode=False),
