@@ -1,16 +1,13 @@
 """What attention in the weave's graphs is given, against SGLang's own sources, without a GPU."""
 
 import ast
-from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from server import VERSIONS, overlay
+from server import VERSIONS
+from sglang_sources import folder, named, run, statements
 
 from sglang_tokenweave import captured_attention, refusals, seams
 from sglang_tokenweave.split import Requests
@@ -21,24 +18,7 @@ LENGTHS, PREFIXES = (3, 2, 1), (0, 4, 9)
 REQUESTS = Requests(slice(0, 3), LENGTHS, PREFIXES)
 POOL_ROWS = (2, 0, 3)
 ATTENTION = "sglang/srt/layers/attention/"
-
-
-@cache
-def nodes(version: str, path: str) -> list[ast.stmt]:
-    """Return the statements of a file of a release; importing it would need a GPU's kernels."""
-    (folder,) = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
-    return ast.parse(Path(folder, path).read_text()).body
-
-
-def named(statements: list[ast.stmt], name: str) -> Any:
-    return next(node for node in statements if getattr(node, "name", None) == name)
-
-
-def run(node: ast.stmt, **names: Any) -> Any:
-    names |= {"dataclass": dataclass, "__name__": __name__}
-    code = compile(ast.Module([node], []), "sglang", "exec", 0x1000000)  # annotations stay text
-    exec(code, names)
-    return names[node.name]
+FLASHINFER = ATTENTION + "flashinfer_backend.py"
 
 
 def batch():
@@ -84,7 +64,7 @@ def listed(table, counts):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_triton_gets_the_metadata_of_prompts_outside_of_graphs(version, table, monkeypatch):
-    source = nodes(version, ATTENTION + "triton_backend.py")
+    source = statements(version, ATTENTION + "triton_backend.py")
     metadata = run(named(source, "ForwardMetadata"))
     module = SimpleNamespace(ForwardMetadata=metadata)
     monkeypatch.setattr(captured_attention, "_module_of", lambda backend: module)
@@ -119,7 +99,7 @@ class Wrapper:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_flashinfer_plans_on_the_host_and_lists_the_keys_in_the_graph(version, table, monkeypatch):
-    metadata = run(named(nodes(version, ATTENTION + "flashinfer_backend.py"), "PrefillMetadata"))
+    metadata = run(named(statements(version, FLASHINFER), "PrefillMetadata"))
     module = SimpleNamespace(PrefillMetadata=metadata, BatchPrefillWithPagedKVCacheWrapper=Wrapper)
     monkeypatch.setattr(captured_attention, "_module_of", lambda backend: module)
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
@@ -156,29 +136,28 @@ def test_flashinfer_plans_on_the_host_and_lists_the_keys_in_the_graph(version, t
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sglang_has_what_is_taken_of_its_attention(version):
     for place in ("attention", "kvcache"):
-        (folder,) = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
         path = f"sglang/kernels/ops/{place}/kv_indices.py"
-        if Path(folder, path).exists():
+        if (folder(version) / path).exists():
             break
-    kernel = named(nodes(version, path), "create_flashinfer_kv_indices_triton")
+    kernel = named(statements(version, path), "create_flashinfer_kv_indices_triton")
     names = [each.arg.removesuffix("_ptr") for each in kernel.args.args]
     wanted = ["req_to_token", "req_pool_indices", "page_kernel_lens", "kv_indptr"]
     wanted += ["kv_start_idx", "kv_indices", "req_to_token_ptr_stride"]
     assert names[: len(wanted)] == wanted
     assert len(names) - len(wanted) == len(kernel.args.defaults)  # the others may be left out
-    flashinfer = ast.unparse(ast.Module(nodes(version, ATTENTION + "flashinfer_backend.py"), []))
+    flashinfer = ast.unparse(ast.Module([*statements(version, FLASHINFER)], []))
     for name in ("prefill_backend", "num_wrappers", "max_context_len", "indices_updater_prefill"):
         assert f"self.{name} = " in flashinfer
     for name in ("num_qo_heads", "num_kv_heads", "head_dim", "q_data_type", "data_type"):
         assert f"self.{name} = " in flashinfer
-    hybrid = named(nodes(version, ATTENTION + "hybrid_attn_backend.py"), "HybridAttnBackend")
+    hybrid = named(statements(version, ATTENTION + "hybrid_attn_backend.py"), "HybridAttnBackend")
     assert "self.prefill_backend = prefill_backend" in ast.unparse(hybrid)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 128), (16, 16, 64), (8, 1, 256)])
 def test_the_workspace_is_what_sglang_reckons_for_its_own_graphs(version, heads, kv_heads, dim):
-    backend = named(nodes(version, ATTENTION + "flashinfer_backend.py"), "FlashInferAttnBackend")
+    backend = named(statements(version, FLASHINFER), "FlashInferAttnBackend")
     function = named(backend.body, "_full_cg_prefill_workspace_bytes")
     function.decorator_list = []
     properties = SimpleNamespace(multi_processor_count=132)

@@ -3,15 +3,10 @@
 The real model runs with the path that a capture takes; attention's metadata are fa3's by name.
 """
 
-import __future__
-
-import ast
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +17,8 @@ import workloads
 from batches import make_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from server import INSTALLED, VERSIONS, WEAVE, Server, after_import, overlay
+from server import INSTALLED, VERSIONS, WEAVE, Server, after_import
+from sglang_sources import named, run, statements
 from workloads import Answers
 
 from sglang_tokenweave import captured_decode, seams
@@ -47,17 +43,8 @@ captured_decode.cut = cut
 @cache
 def metadata_class(version: str) -> Any:
     """Return fa3's metadata of a release: the class alone, as its module needs a GPU's kernels."""
-    (folder,) = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
-    source = Path(folder, "sglang/srt/layers/attention/flashattention_backend.py").read_text()
-    (found,) = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "FlashAttentionMetadata"
-    ]
-    names = {"dataclass": dataclass, "__name__": __name__}
-    code = compile(ast.Module([found], []), "fa3", "exec", __future__.annotations.compiler_flag)
-    exec(code, names)
-    return names["FlashAttentionMetadata"]
+    path = "sglang/srt/layers/attention/flashattention_backend.py"
+    return run(named(statements(version, path), "FlashAttentionMetadata"))
 
 
 def backend_of(num_requests, version=INSTALLED):

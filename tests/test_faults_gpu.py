@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import faults
+import gpu_servers
 import pytest
 import recording
 import torch
+from gpu_servers import MODEL, WEAVE
 from server import Server
-from woven_servers import FLAGS, MODEL, WEAVE
+from woven_servers import FLAGS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,11 +28,8 @@ WEAVES = {
     "kernel": (*WEAVE, "--tokenweave-decode-min-tokens", "2"),
     "copy engines": (*WEAVE, "--tokenweave-decode-min-tokens", "2", "--tokenweave-ctas", "0"),
 }
-ENVIRONMENT = {
-    "SGLANG_USE_CPU_ENGINE": "0",
-    "SGLANG_NCCL_SO_PATH": "",
-    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # else SGLang waits for one for a minute
-}
+# Else SGLang waits for a core dump for a minute.
+ENVIRONMENT = gpu_servers.ENVIRONMENT | {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 PAUSE_S = 4
 END_DEADLINE_S = 75  # 20 s of ours, and what SGLang takes to end
 # What a driver keeps of a process that has ended, for a while; and how long it may take to free the

@@ -1,9 +1,7 @@
 """What a batch becomes before the graph of its woven forward is launched, without a GPU."""
 
 import threading
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,8 @@ from batches import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import World
-from server import VERSIONS, overlay
+from server import VERSIONS
+from sglang_sources import folder
 
 from sglang_tokenweave import capturing
 from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
@@ -216,8 +215,7 @@ def test_what_capturing_may_take_is_bounded_alike_on_all_ranks(
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_release_prepares_fa3_s_prefills_for_graphs(version):
     """What a woven graph uses of fa3: it runs on GPUs only, so its sources are read."""
-    paths = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
-    root = Path(paths[0], "sglang", "srt")
+    root = folder(version) / "sglang" / "srt"
     fa3 = (root / "layers" / "attention" / "flashattention_backend.py").read_text()
     assert "def init_forward_metadata_out_graph(" in fa3
     assert "self._init_full_cg_prefill_metadata(forward_batch, in_capture)" in fa3

@@ -7,15 +7,14 @@ and the dictionaries of its backend are what is used of it.
 import pkgutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from in_process import World
-from server import VERSIONS, overlay
+from server import VERSIONS
+from sglang_sources import folder
 
 from sglang_tokenweave import capturing, dummy, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError
@@ -331,8 +330,8 @@ def test_what_counts_as_other_logits():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_release_has_what_is_used_of_its_runners(version):
-    paths = overlay(version) or [str(Path(find_spec("sglang").origin).parents[1])]
-    root = Path(paths[0], "sglang", "srt", "model_executor")
+    srt = folder(version) / "sglang" / "srt"
+    root = srt / "model_executor"
     model_runner = (root / "model_runner.py").read_text()
     for name, sizes_name in (("prefill", seams.PREFILL_SIZES), ("decode", seams.DECODE_SIZES)):
         assert f"self.{name}_cuda_graph_runner = " in model_runner
@@ -340,7 +339,7 @@ def test_every_release_has_what_is_used_of_its_runners(version):
         assert "    def capture(self) -> None:" in runner
         assert f"reversed(self.{sizes_name})" in runner  # all that it captures
     for name in ("llama", "qwen2", "qwen2_moe", "mixtral"):  # the others inherit their loop
-        model = Path(paths[0], "sglang", "srt", "models", f"{name}.py").read_text()
+        model = (srt / "models" / f"{name}.py").read_text()
         assert "for i in range(self.start_layer, self.end_layer):" in model
     for name in ("full", "breakable"):
         backend = (root / "runner_backend" / f"{name}_cuda_graph_backend.py").read_text()

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import woven_servers
+from gpu_servers import MODEL, WEAVE
 from woven_servers import (
     COPY,
     DECODE,
     DECODED,
     FUSE,
-    MODEL,
     PROMPTS,
-    WEAVE,
     ask_all,
     decode_all,
     error_of_decoded,

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 import woven_servers
+from gpu_servers import MODEL, WEAVE
 from safetensors.torch import load_file, save_file
-from woven_servers import MODEL, WEAVE, ask_all, differences, server, woven
+from woven_servers import ask_all, differences, server, woven
 
 from sglang_tokenweave.tiny_model import make_tiny_model
 

@@ -5,19 +5,13 @@ import random
 from pathlib import Path
 
 import torch
+from gpu_servers import ENVIRONMENT, WEAVE
 from server import Server
 
 from benchmarks import forward_timer
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODEL = {
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "head_dim": 128,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-}
 SIZES = (128, 256, 512, 1024, 2048)
 FLAGS = (
     *("--device", "cuda", "--dtype", "bfloat16", "--attention-backend", "fa3"),
@@ -25,7 +19,6 @@ FLAGS = (
     *("--mem-fraction-static", "0.5", "--cuda-graph-bs-decode", "1", "2", "4", "8", "16"),
     *("--cuda-graph-bs-prefill", *map(str, SIZES)),
 )
-WEAVE = ("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "200")
 COPY = (*WEAVE, "--tokenweave-ctas", "0")
 FUSE = (
     *("--tokenweave-transport", "peer", "--tokenweave-min-tokens", "100000"),
@@ -51,15 +44,13 @@ def emulation(folder):
 
 
 def server(model, tp, launcher, flags=(), pythonpath=()):
-    # The harness' own are those of a server on a CPU.
-    environment = {"SGLANG_USE_CPU_ENGINE": "0", "SGLANG_NCCL_SO_PATH": ""}
     return Server(
         model,
         tp=tp,
         flags=(*FLAGS, *flags),
         launcher=launcher,
         pythonpath=pythonpath,
-        environment=environment,
+        environment=ENVIRONMENT,
     )
 
 
