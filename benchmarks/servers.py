@@ -14,6 +14,9 @@ from launch.processes import ProcessGroup
 from sglang_tokenweave import cpu
 
 HOST = ports.HOST
+# For servers that start side by side, where a rank may find less memory than another. By its older
+# name, SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK=1, SGLang 0.5.17 switches the check on.
+UNBALANCED = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
 _STEP_S = 0.5
 _LOG_LINES = 30
 _CHOOSING, _CHOSEN = Lock(), set[int]()  # first ports: servers that start together bind them late

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import load, machine, shapes, table, timing
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
-from benchmarks.servers import HOST, Contender, ServerError, running
+from benchmarks.servers import HOST, UNBALANCED, Contender, ServerError, running
 from launch import demo
 
 _CLIENT = "sglang.benchmark.serving"
@@ -93,8 +93,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     """Return the servers that take part."""
     both = shlex.split(options.both)
     both += ["--load-format", "dummy"] if options.shape else []
-    # The servers start side by side, so a rank may find less memory than another.
-    variables = (("SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "1"),) if options.together else ()
+    variables = (UNBALANCED,) if options.together else ()
     both += ["--sleep-on-idle"] if options.together else []
     found = [Contender("stock", False, tuple(both), variables)]
     if options.stock_best is not None:

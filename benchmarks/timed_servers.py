@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from benchmarks import forward_timer, machine, shapes, timing
 from benchmarks.forward_timer import Pass, Settings
 from benchmarks.schema import Result, Row
-from benchmarks.servers import HOST, Contender, running
+from benchmarks.servers import HOST, UNBALANCED, Contender, running
 from launch import demo
 
 T = TypeVar("T")
@@ -192,8 +192,7 @@ def contender(
         **forward_timer.environment(settings),
         "PYTHONPATH": os.pathsep.join(paths),
         "SGLANG_PLUGINS": ",".join((*ours, forward_timer.NAME)),
-        # The servers start side by side, so a rank may find less memory than another.
-        "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": "1",
+        **dict([UNBALANCED]),
         **dict(variant.variables),
     }
     return Contender(name, variant.is_ours, tuple(flags), tuple(variables.items()))

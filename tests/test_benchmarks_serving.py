@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
+import sys
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import load, schema, servers, serving, shapes
 from benchmarks.load import LoadError, Outcome, Target
-from benchmarks.servers import Contender, ServerError
+from benchmarks.servers import UNBALANCED, Contender, ServerError
 from launch import demo
 
 RECORD = {
@@ -113,6 +115,22 @@ def test_a_stock_server_is_as_if_the_extension_were_not_installed():
     command = ours.command("m", 2, 20000, on_cpu=True)
     assert command[1:3] == ["-m", "sglang_tokenweave.launch_server"]
     assert command[-4:] == ["--a", "1", "--tokenweave-transport", "peer"]
+
+
+def test_servers_that_start_side_by_side_may_find_less_memory_on_one_gpu():
+    together = serving.contenders(options("--together"))
+    assert all(each.environment(2, on_cpu=False)[UNBALANCED[0]] == "0" for each in together)
+    assert not any(UNBALANCED[0] in dict(each.variables) for each in serving.contenders(options()))
+
+
+def test_sglang_knows_the_switch_that_says_so():
+    """Asked in a process of its own, for SGLang reads its variables when it is imported."""
+    code = f"from sglang.srt.environ import envs; print(envs.{UNBALANCED[0]}.get())"
+    for variables, said in [({}, "True"), (dict([UNBALANCED]), "False")]:
+        command = [sys.executable, "-c", code]
+        environment = os.environ | variables
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split()[-1] == said, done.stderr
 
 
 def test_a_server_that_does_not_weave_is_not_compared_with_stock(monkeypatch, tmp_path):
