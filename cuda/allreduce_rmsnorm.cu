@@ -6,7 +6,7 @@
 //   First barrier: the partial sums of all ranks are there. Second: so are everybody's results.
 //
 // Several groups of threads in a CTA each work at a row, while the pieces of their next rows
-// travel.
+// travel. A launch may start early, beside the end of the kernel before it, and lets the next one.
 #include "barrier.cuh"
 #include "rows.cuh"
 #include "transports.cuh"
@@ -177,15 +177,15 @@ __global__ __launch_bounds__(kGroups* kThreads,
                    gridDim.x * kGroups,
                    {},
                    {}};
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-        if (RowGroup::kKeepsWeight && group.ring.columns.has(v))
-            group.weight[v] = load(p.weight + v * kThreads + thread);
-
     if (thread < WarpFacts<kThreads>::kEntries)  // those without a warp are never written again
         for (WarpFacts<kThreads>& each : parts[id])
             each.square_sums[thread] = each.largest[thread] = 0.0f;
 
+    wait_for_kernel_before();
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+        if (RowGroup::kKeepsWeight && group.ring.columns.has(v))
+            group.weight[v] = load(p.weight + v * kThreads + thread);
     u32 epoch = p.barrier.epochs[blockIdx.x] + 1;
     meet<kRanks, true>(p.barrier, epoch);
     Transport::fence();
@@ -201,6 +201,7 @@ __global__ __launch_bounds__(kGroups* kThreads,
     }
 
     Transport::fence();
+    let_next_kernel_start();  // while the ranks meet
     meet<kRanks, false>(p.barrier, epoch + 1);
     if (threadIdx.x == 0) p.barrier.epochs[blockIdx.x] = epoch + 1;
 }

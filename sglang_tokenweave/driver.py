@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -120,30 +119,31 @@ class Kernel:
         call("cuFuncLoad", function)
         return cls(function, num_threads, shared_bytes, library)
 
-    def launch(self, stream: int, num_blocks: int, parameters: ctypes.Structure) -> None:
-        """Launch `num_blocks` blocks in clusters of two, with one struct as the only argument."""
-        self._launch(stream, num_blocks, _in_pairs, parameters)
-
-    def launch_early(self, stream: int, num_blocks: int, parameters: ctypes.Structure) -> None:
-        """Launch blocks that may start beside the end of the kernel before, and wait for it."""
-        self._launch(stream, num_blocks, _early, parameters)
-
-    def _launch(
+    def launch(
         self,
         stream: int,
         num_blocks: int,
-        make_attribute: Callable[[], Any],
         parameters: ctypes.Structure,
+        *,
+        in_pairs: bool = True,
+        starts_early: bool = False,
     ) -> None:
+        """Launch blocks with one struct as the only argument.
+
+        Args:
+            in_pairs: in clusters of two.
+            starts_early: the blocks may start beside the end of the kernel before, which the
+                kernel has to wait for ("programmatic dependent launch").
+        """
         config = _launch_config(
-            stream, num_blocks, self.num_threads, self.shared_bytes, make_attribute
+            stream, num_blocks, self.num_threads, self.shared_bytes, in_pairs, starts_early
         )
         # The driver copies the struct before it returns.
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         call("cuLaunchKernelEx", config, self.function, ctypes.addressof(pointers), 0)
 
 
-def _in_pairs() -> Any:
+def _pairs_attribute() -> Any:
     attribute = bindings().CUlaunchAttribute()
     attribute.id = bindings().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     attribute.value.clusterDim.x = 2
@@ -152,7 +152,7 @@ def _in_pairs() -> Any:
     return attribute
 
 
-def _early() -> Any:
+def _early_attribute() -> Any:
     attribute = bindings().CUlaunchAttribute()
     ids = bindings().CUlaunchAttributeID
     attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -166,13 +166,14 @@ def _launch_config(
     num_blocks: int,
     num_threads: int,
     shared_bytes: int,
-    make_attribute: Callable[[], Any],
+    in_pairs: bool,
+    starts_early: bool,
 ) -> Any:
     config = bindings().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
-    config.attrs = [make_attribute()]
-    config.numAttrs = 1
+    config.attrs = [_pairs_attribute()] * in_pairs + [_early_attribute()] * starts_early
+    config.numAttrs = len(config.attrs)
     return config

@@ -110,10 +110,14 @@ class FusedOp:
         ctas: int,
         channel: int,
         stream: torch.cuda.Stream,
+        starts_early: bool = False,
     ) -> None:
         """Launch out := RMSNorm(sum over ranks of x + residual) * (weight_offset + weight).
 
         Launches on one channel run one after another; those on two may run at the same time.
+
+        Args:
+            starts_early: beside the end of the kernel before it on the stream, for which it waits.
 
         Raises:
             ValueError: a tensor is not what the kernel takes.
@@ -140,7 +144,8 @@ class FusedOp:
             num_tokens=x.slot.num_tokens,
             hidden=hidden,
         )
-        self._kernels[variant].launch(stream.cuda_stream, num_blocks, parameters)
+        kernel = self._kernels[variant]
+        kernel.launch(stream.cuda_stream, num_blocks, parameters, starts_early=starts_early)
 
     def _check(
         self, x: Slot, out: Slot, residual: torch.Tensor | None, weight: torch.Tensor

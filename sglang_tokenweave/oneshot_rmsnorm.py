@@ -171,7 +171,8 @@ class OneShotOp:
             weight_offset=weight_offset,
         )
         stream = torch.cuda.current_stream().cuda_stream
-        self._kernel.launch_early(stream, x.shape[0], parameters)
+        blocks = x.shape[0]
+        self._kernel.launch(stream, blocks, parameters, in_pairs=False, starts_early=True)
         return out
 
     def _check(

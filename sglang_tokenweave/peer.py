@@ -175,6 +175,8 @@ class PeerTransport:
             ctas=ctas,
             channel=_BESIDE if beside else _IN_LINE,
             stream=stream,
+            # Beside a computation nobody waits for the launch.
+            starts_early=not beside,
         )
         return StreamPending(stream.record_event()) if beside else Done()
 

@@ -1,6 +1,7 @@
 """Calls of the driver: the operator's switches, errors with their remedies, releases."""
 
 import ast
+import ctypes
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,30 @@ def test_values_are_unwrapped(bindings):
     for answer, value in [((success,), None), ((success, 1), 1), ((success, 1, 2), (1, 2))]:
         bindings.answer = answer
         assert driver.call("cuInit", 0) == value
+
+
+class Nothing(ctypes.Structure):
+    _fields_ = ()
+
+
+@pytest.mark.parametrize("starts_early", [False, True])
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_a_kernel_is_launched_in_pairs_or_early_as_told(monkeypatch, in_pairs, starts_early):
+    calls = []
+    monkeypatch.setattr(driver, "call", lambda name, *arguments: calls.append((name, arguments)))
+    kernel = driver.Kernel("function", 1024, 0, None)
+    kernel.launch(0, 18, Nothing(), in_pairs=in_pairs, starts_early=starts_early)
+    ((name, (config, function, *_)),) = calls
+    ids = real.CUlaunchAttributeID
+    expected = [ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION] * in_pairs
+    expected += [ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION] * starts_early
+    assert (name, function, config.gridDimX) == ("cuLaunchKernelEx", "function", 18)
+    assert config.numAttrs == len(expected)
+    assert [attribute.id for attribute in config.attrs] == expected
+    if in_pairs:
+        assert config.attrs[0].value.clusterDim.x == 2
+    if starts_early:
+        assert config.attrs[-1].value.programmaticStreamSerializationAllowed == 1
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """The kernel's variants: they compile for every GPU, spill nothing, and agree on `Params`."""
 
 import ctypes
-import re
-from collections import Counter
 
+import ptx
 import pytest
 import torch
 
@@ -55,14 +54,17 @@ def test_compiles_for_every_architecture(arch, is_multicast, cache):
     assert compiled.resources.spill_stores_bytes == 0
 
 
-def global_accesses(variant, cache):
-    """Return the forms of global loads and stores in a variant's PTX, with their numbers."""
+def ptx_of(variant, cache):
     compiled = compile_kernel("allreduce_rmsnorm.cu", variant.expression, "sm_90a", cache=cache)
-    forms = re.findall(
-        r"(?<![\w.])((?:multimem|ld|st|cp|red|atom)\.(?!param|shared|local)[\w.:]+)[\s;]",
-        compiled.ptx,
-    )
-    return Counter(forms)
+    return compiled.ptx
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_launch_that_starts_early_touches_nothing_before_the_kernel_before_it_has_ended(
+    form, cache
+):
+    before, _ = ptx.early_start(ptx_of(choose_variant(*SHAPES[0], **form), cache))
+    assert not ptx.global_accesses(before)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def global_accesses(variant, cache):
 def test_multicast_addresses_are_touched_by_multimem_alone(dtype, pair, cache):
     """What is left of plain global accesses: the weight, the residual, the epochs, the signals."""
     variant = choose_variant(dtype, 8, 8192, is_multicast=True)
-    forms = global_accesses(variant, cache)
+    forms = ptx.global_accesses(ptx_of(variant, cache))
     vecs, fetches = variant.num_vecs, variant.num_stages + 1
     assert forms == {
         # Before the loop and in it: the sum of the next row, added in float32.
@@ -90,7 +92,7 @@ def test_multicast_addresses_are_touched_by_multimem_alone(dtype, pair, cache):
 
 
 def test_unicast_uses_no_multimem(cache):
-    forms = global_accesses(choose_variant(torch.bfloat16, 8, 8192), cache)
+    forms = ptx.global_accesses(ptx_of(choose_variant(torch.bfloat16, 8, 8192), cache))
     assert not [form for form in forms if form.startswith("multimem")]
 
 

@@ -1,18 +1,17 @@
 """The one-shot kernel: compiled for every GPU, and its own sources on a CPU against float64."""
 
 import ctypes
-import re
 import struct
 import subprocess
 from dataclasses import dataclass
 
+import ptx
 import pytest
 import torch
 from host_build import build_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tokenweave import driver
 from sglang_tokenweave.compiler import compile_kernel, source_folder
 from sglang_tokenweave.oneshot_rmsnorm import EMPTY, Params, Variant, choose_variant
 
@@ -47,26 +46,9 @@ def test_variants_hold_a_row_and_spill_nothing(shape, tmp_path):
 def test_a_launch_that_starts_early_reads_nothing_before_the_kernel_before_it_has_ended(tmp_path):
     variant = choose_variant(torch.bfloat16, 2, 8192)
     compiled = compile_kernel("oneshot_rmsnorm.cu", variant.expression, "sm_90a", cache=tmp_path)
-    before, waits, after = compiled.ptx.partition("griddepcontrol.wait;")
-    assert waits
-    assert not re.findall(r"\b(?:ld|st|red|atom)\.(?!param|shared)", before)
-    sent, starts, _ = after.partition("griddepcontrol.launch_dependents;")
-    assert starts
-    assert "st.relaxed.sys.global" in sent
-
-
-def test_it_is_launched_to_start_early(monkeypatch):
-    calls = []
-    monkeypatch.setattr(driver, "call", lambda name, *arguments: calls.append((name, arguments)))
-    driver.Kernel("function", 1024, 0, None).launch_early(0, 17, Params())
-    ((name, (config, function, *_)),) = calls
-    (attribute,) = config.attrs
-    ids = driver.bindings().CUlaunchAttributeID
-    assert (name, function, config.gridDimX, config.numAttrs) == (
-        ("cuLaunchKernelEx", "function", 17, 1)
-    )
-    assert attribute.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    assert attribute.value.programmaticStreamSerializationAllowed == 1
+    before, between = ptx.early_start(compiled.ptx)
+    assert not ptx.global_accesses(before)
+    assert "st.relaxed.sys.global" in between
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
