@@ -6,7 +6,6 @@ fast the SMs that a rank occupies do their work. Beside it stands the most that 
 """
 
 import argparse
-import ctypes
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,27 +14,17 @@ from contextlib import nullcontext
 import torch
 
 from benchmarks import machine, timing
+from benchmarks.limits import HIDDEN, NUM_RANKS, PARTS, Mover
 from benchmarks.schema import Result, Row
-from sglang_tokenweave import compiler
-from sglang_tokenweave.driver import Kernel
 from sglang_tokenweave.emulation import EmulatedRanks
 
-HIDDEN = 8192
-WORLD_SIZE = 2
+WORLD_SIZE = NUM_RANKS
 CTAS = (2, 4, 8, 16, 32)
 TOKENS = (64, 256, 1024, 4096, 8192)
 EPS = 1e-5
 ROUNDS = 9
 _CALLS = 4
-_PARTS = 3  # a row's addends at two ranks, and its results
-_LIMIT_THREADS, _LIMIT_SHARED_BYTES = 512, 3 * _PARTS * HIDDEN * 2
 _LIMITS = {"read": (True, False), "write": (False, True), "read+write": (True, True)}
-
-
-class _LimitParams(ctypes.Structure):
-    """`Params` of sm_limits.cu."""
-
-    _fields_ = (("in", ctypes.c_uint64), ("out", ctypes.c_uint64), ("rows", ctypes.c_uint32))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +48,7 @@ def _measure(tokens: int) -> list[Row]:
     for buffer in ranks.x:
         buffer.normal_()
     share = -(-tokens // WORLD_SIZE)
-    moved = torch.randn(2, share * _PARTS * HIDDEN, device="cuda").to(torch.bfloat16)
+    moved = torch.randn(2, PARTS, share, HIDDEN, device="cuda").to(torch.bfloat16)
     calls = {f"fused/{ctas}": _fused(ranks, tokens, ctas) for ctas in CTAS}
     for name, flags in _LIMITS.items():
         calls |= {f"{name}/{ctas}": _limit(flags, moved, share, ctas) for ctas in CTAS}
@@ -93,18 +82,10 @@ def _fused(ranks: EmulatedRanks, tokens: int, ctas: int) -> Callable[[int], None
 def _limit(
     flags: tuple[bool, bool], moved: torch.Tensor, rows: int, ctas: int
 ) -> Callable[[int], None]:
-    expression = f"sm_limits<{', '.join(str(flag).lower() for flag in flags)}>"
-    arch = compiler.architecture(*torch.cuda.get_device_capability())
-    compiled = compiler.compile_kernel("sm_limits.cu", expression, arch)
-    kernel = Kernel.load(
-        compiled.cubin,
-        compiled.name,
-        num_threads=_LIMIT_THREADS,
-        shared_bytes=_LIMIT_SHARED_BYTES,
-        device=torch.cuda.current_device(),
-    )
-    parameters = _LimitParams(moved[0].data_ptr(), moved[1].data_ptr(), rows)
-    return lambda _index: kernel.launch(torch.cuda.current_stream().cuda_stream, ctas, parameters)
+    reads, writes = flags
+    mover = Mover(reads=reads, writes=writes)
+    source, target = ([part.data_ptr() for part in parts] for parts in moved)
+    return lambda _index: mover.launch(source, target, rows, ctas)
 
 
 if __name__ == "__main__":

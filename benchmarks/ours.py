@@ -19,8 +19,8 @@ from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 FUSED_CTAS = (2, 4, 8, 16, 32)
 
 
-class _Ours(Variant):
-    """Our op, in place on rows of a symmetric buffer, the residual sharded over the ranks."""
+class Ours(Variant):
+    """What works in place on rows of a symmetric buffer, the residual sharded over the ranks."""
 
     def __init__(self, bench: Workbench, name: str, memory: SymmetricBuffer) -> None:
         self.name = name
@@ -48,10 +48,10 @@ class _Ours(Variant):
 
     @abstractmethod
     def launch(self, slot: Slot, residual: torch.Tensor | None) -> None:
-        """Enqueue the op on the current stream."""
+        """Enqueue it on the current stream."""
 
 
-class Fused(_Ours):
+class Fused(Ours):
     """The fused kernel on so many thread blocks, over unicast addresses."""
 
     def __init__(self, bench: Workbench, name: str) -> None:
@@ -79,7 +79,7 @@ class Multicast(Fused):
         return bench.multicast_transport
 
 
-class CopyEngines(_Ours):
+class CopyEngines(Ours):
     """The copy engines move the bytes; a short kernel normalises."""
 
     def __init__(self, bench: Workbench, name: str) -> None:

@@ -11,6 +11,7 @@ class Role(Enum):
 
     FLOOR = "link floor"
     PART = "all-reduce alone"  # does less than the op
+    LIMIT = "moved by as many SMs"  # the bytes alone
     RIVAL = "rival"  # all-reduce, residual and norm
     OURS = "ours"
 
@@ -19,6 +20,8 @@ def role(variant: str) -> Role:
     """Return the part of a variant of the op benchmark."""
     if variant == "floor":
         return Role.FLOOR
+    if variant.startswith("read+write/"):
+        return Role.LIMIT
     if variant.startswith(("fused/", "multicast/")) or variant in ("copy_engine", "push"):
         return Role.OURS
     return Role.PART if variant in ("nccl", "two_shot") else Role.RIVAL

@@ -42,6 +42,7 @@ class Variant(ABC):
     name: str
     with_norm: bool = True  # else it only sums over the ranks
     uses_multicast: ClassVar[bool] = False
+    computes: ClassVar[bool] = True  # else it only moves bytes, and there is no result to check
     roundings: int = 1  # of a value to the tensor's type on its way; see `tolerance`
 
     def refuses(self, case: Case) -> str | None:
