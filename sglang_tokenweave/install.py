@@ -253,18 +253,18 @@ def _communication(
     device = torch.device(model_runner.device)
     name = _transport(device)
     rows = _capacity(seams.resolved_arguments()), model_runner.model_config.hf_config.hidden_size
-    create = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
-    # The one-shot op has not run on GPUs yet: a table has to name it, the tuner does not try it.
-    make = partial(create, has_one_shot=table.needs_one_shot)
+    make = partial(transports.create, name, device, place.group, *rows, model_runner.dtype)
+    needed = {"has_copy_engines": table.needs_copy_engines, "has_one_shot": table.needs_one_shot}
     measures = state.config.measures(on_cpu=state.on_cpu) and state.pp_size == 1
-    is_tried = name == "peer" and measures and state.tuned is None
+    if name != "peer" or not measures or state.tuned is not None:
+        return make(**needed)
     try:
-        return make(has_copy_engines=table.needs_copy_engines or is_tried)
+        return make(has_copy_engines=True, has_one_shot=True)
     except DisagreementError as error:  # the same on all ranks
-        if table.needs_copy_engines or not is_tried:
+        if any(needed.values()):
             raise
-        state.notes += (f"copy engines ({error})",)
-        return make(has_copy_engines=False)
+        state.notes += (f"copy engines and the one-shot op ({error})",)
+        return make(**needed)
 
 
 def _measure(model_runner: Any, runtime: Runtime) -> None:

@@ -98,12 +98,14 @@ def test_a_switch_forbids_the_multicast_transport_on_all_ranks():
 
 @pytest.fixture
 def communicate(monkeypatch):
-    """Return what makes a server's transport; engines that copy cannot be made here."""
+    """Return what makes a server's transport; engines that copy may be what cannot be made."""
+    absent = {"copy engines"}
 
     def create(name, device, group, *rows, has_copy_engines, has_one_shot):
-        if has_copy_engines:
+        if has_copy_engines and absent:
             raise DisagreementError("no copy engines here")
-        return "one-shot transport" if has_one_shot else "transport", rows
+        made = {"copy engines": has_copy_engines, "one-shot": has_one_shot}
+        return {name for name, is_made in made.items() if is_made}, rows
 
     monkeypatch.setattr(transports, "create", create)
     arguments = {"enable_dynamic_chunking": False, "max_running_requests": 8}
@@ -115,7 +117,8 @@ def communicate(monkeypatch):
         device="cuda", dtype=BF16, model_config=SimpleNamespace(hf_config=hf_config)
     )
 
-    def run(*added, **options):
+    def run(*added, has_all=False, **options):
+        absent.clear() if has_all else absent.add("copy engines")
         config = TokenWeaveConfig(enabled=True, **options)
         monkeypatch.setattr(install, "state", install.State(config))
         thresholds = {"min_tokens": 9, "fuse_min_tokens": 0, "decode_min_tokens": 0}
@@ -126,18 +129,27 @@ def communicate(monkeypatch):
     return run
 
 
-def test_a_measurement_does_without_copy_engines_that_cannot_be_made(communicate):
-    assert communicate(tune="auto") == ("transport", (2048, 64, BF16))
-    assert install.state.notes == ("copy engines (no copy engines here)",)
-    assert communicate(transport="peer", tune="off") == ("transport", (2048, 64, BF16))
+ROWS = (2048, 64, BF16)
+
+
+def test_a_measurement_has_all_that_it_may_choose(communicate):
+    assert communicate(has_all=True, tune="auto") == ({"copy engines", "one-shot"}, ROWS)
+    assert communicate(has_all=True, transport="peer", tune="off") == (set(), ROWS)
+    assert install.state.notes == ()
+
+
+def test_a_measurement_does_without_what_cannot_be_made(communicate):
+    assert communicate(tune="auto") == (set(), ROWS)
+    assert install.state.notes == ("copy engines and the one-shot op (no copy engines here)",)
+    assert communicate(transport="peer", tune="off") == (set(), ROWS)
     assert install.state.notes == ()  # nothing asked for them
-    assert communicate(transport="peer", min_tokens=99) == ("transport", (2048, 64, BF16))
+    assert communicate(transport="peer", min_tokens=99) == (set(), ROWS)
     assert install.state.notes == ()
 
 
 def test_the_one_shot_op_is_made_for_a_table_that_names_it(communicate):
     few = PlanRow(Mode.DECODE, 1, Kind.FUSE)
-    assert communicate(few, tune="auto") == ("one-shot transport", (2048, 64, BF16))
+    assert communicate(few, transport="peer", tune="off") == ({"one-shot"}, ROWS)
 
 
 @pytest.mark.parametrize("tune", ["off", "auto"])
