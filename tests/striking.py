@@ -45,6 +45,8 @@ def obeying(where, function):
 
 runtime.Runtime.plan = obeying("planner", runtime.Runtime.plan)
 runtime.cut_batch = obeying("split", runtime.cut_batch)
+# After all ranks have agreed on a plan that is not stock's, and before the op.
+runtime.Runtime._run = obeying("run", runtime.Runtime._run)
 # Inside the op: on the transport's own thread, beside the computation.
 reference.ReferenceTransport._run = obeying("op", reference.ReferenceTransport._run)
 # Between two batches, where ranks wait for each other in SGLang's collectives and not in ours.
