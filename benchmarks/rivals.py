@@ -15,6 +15,9 @@ from benchmarks.workbench import Workbench
 from sglang_tokenweave.oneshot import OneShot, Workspace
 
 _MIB = 2**20
+# A workspace for so many bytes of activations made flashinfer 0.6.15 touch memory that is not
+# mapped; one for 448 MiB did not.
+_FLASHINFER_BYTES = 512 * _MIB
 _ONE_SHOT_TOKENS = 2048  # for small batches; a workspace takes 8 times their bytes per rank
 _RAISED_BYTES = 128 * _MIB  # as far as SGLang's table for its all-reduce goes on Hopper
 
@@ -130,15 +133,21 @@ class Flashinfer(Variant):
         self.bench = bench
         self.roundings = bench.place.world_size + 1
         switches.check("flashinfer's trtllm all-reduce", False, os.environ)
+        row_bytes = bench.hidden * bench.dtype.itemsize
+        self._max_tokens = min(bench.max_tokens, (_FLASHINFER_BYTES - 1) // row_bytes)
         self._workspace = Workspace(
             bench.place.group,
-            max_tokens=bench.max_tokens,
+            max_tokens=self._max_tokens,
             hidden_size=bench.hidden,
             dtype=bench.dtype,
         )
         comm = self._workspace.comm
         self._fusion = comm.allreduce_fusion
         self._pattern = comm.AllReduceFusionPattern.kARResidualRMSNorm
+
+    def refuses(self, case: Case) -> str | None:
+        most = self._max_tokens
+        return None if case.tokens <= most else f"above its workspace of {most} tokens"
 
     def buffers(self, case: Case, count: int) -> list[Buffer]:
         return self.bench.split(self.bench.x, case, count, norm=True)
