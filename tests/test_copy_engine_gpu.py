@@ -1,4 +1,4 @@
-"""The copy engines on GPUs: emulated ranks on one, and two real ones.
+"""The copy engines on GPUs: emulated ranks on one, and one on each.
 
 Each test's ranks run in a process of its own, with as many hardware channels as there can be: on
 one GPU, the waits of all emulated ranks share them.
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
+from gpus import COUNT, RANKS
 
 EPS = 1e-5
 CAPACITY = 1031
@@ -41,7 +42,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 two_gpus = [
     pytest.mark.gpu,
     pytest.mark.multi_gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs with peer access"),
+    pytest.mark.skipif(COUNT < 2, reason="needs 2 GPUs with peer access"),
 ]
 on_gpu = pytest.mark.parametrize("flags", [pytest.param(mode, marks=gpu) for mode in MODES])
 on_two = pytest.mark.parametrize("flags", [pytest.param(mode, marks=two_gpus) for mode in MODES])
@@ -286,7 +287,7 @@ def test_a_rank_that_waits_for_a_dead_one_ends_with_a_message(flags):
         assert "rank 0, channel 1 waited 2000 ms for rank 1's flag of phase 1" in said
 
 
-# Two real GPUs.
+# Real GPUs.
 
 
 def real_engine(rank, capacity, hidden, dtype, flags):
@@ -299,7 +300,7 @@ def real_engine(rank, capacity, hidden, dtype, flags):
     num_bytes = capacity * hidden * dtype.itemsize
     memory = PeerMemory(num_bytes, device, group)
     x = memory.bytes[:num_bytes].view(dtype).view(capacity, hidden)
-    layout = Layout(2, capacity, hidden, dtype)
+    layout = Layout(RANKS, capacity, hidden, dtype)
     region = Region(rank, tuple(memory.addresses), num_bytes)
     engine = CopyEngine.create(group, device, layout, [region], flags=flags, deadline_s=20.0)
     return engine, x, memory
@@ -316,15 +317,15 @@ def real_case(engine, x, rank, case):
     from sglang_tokenweave.transport import Slot
 
     rows, with_residual, offset, beside, _ = case
-    data = make_data(2, rows, x.shape[1], x.dtype)
+    data = make_data(RANKS, rows, x.shape[1], x.dtype)
     total, expected = exact(data, with_residual, offset)
     poison(x)
     slot = Slot(x[:rows])
     slot.tensor.copy_(data[0][rank])
-    owned = slot.owned_rows(rank, 2)
+    owned = slot.owned_rows(rank, RANKS)
     shard = data[1][owned].clone() if with_residual else None
     torch.cuda.synchronize()
-    torch.distributed.barrier()  # the other rank writes into what is poisoned here
+    torch.distributed.barrier()  # the other ranks write into what is poisoned here
     if rank == 1 and rows == 64:
         time.sleep(2)
     engine.allreduce_rmsnorm(slot, shard, data[2], EPS, beside=beside, weight_offset=offset).wait()
@@ -347,18 +348,19 @@ def real_cases(rank, flags):
 
 
 @on_two
-def test_two_gpus_match_float64_and_hold_the_same_bits(flags):
-    first, second = run_ranks(real_cases, 2, flags, timeout_s=180)
+def test_gpus_match_float64_and_hold_the_same_bits(flags):
+    first, *others = run_ranks(real_cases, RANKS, flags, timeout_s=180)
     for key, outcome in first.items():
-        for each in (outcome, second[key]):
-            check_outcome(each, "in place")
-        assert torch.equal(outcome["output"], second[key]["output"]), key
+        check_outcome(outcome, "in place")
+        for other in others:
+            check_outcome(other[key], "in place")
+            assert torch.equal(outcome["output"], other[key]["output"]), key
 
 
 def real_graph(rank, flags, replays):
     tokens, hidden, dtype = 2047, 8192, torch.bfloat16
     engine, x, memory = real_engine(rank, tokens, hidden, dtype, flags)
-    partials, _, weight = make_data(2, tokens, hidden, dtype)
+    partials, _, weight = make_data(RANKS, tokens, hidden, dtype)
     woven = Woven(engine, x, partials[rank], weight, cut=1000)
     torch.cuda.synchronize()
     torch.distributed.barrier()
@@ -381,9 +383,9 @@ def real_graph(rank, flags, replays):
 
 
 @on_two
-def test_two_gpus_replay_two_channels_a_thousand_times(flags):
-    outcomes = run_ranks(real_graph, 2, flags, 1000, timeout_s=180)
-    assert torch.equal(outcomes[0]["output"], outcomes[1]["output"])
+def test_gpus_replay_two_channels_a_thousand_times(flags):
+    outcomes = run_ranks(real_graph, RANKS, flags, 1000, timeout_s=180)
     for outcome in outcomes:
+        assert torch.equal(outcome["output"], outcomes[0]["output"])
         assert outcome["error"] < 4e-3
         assert outcome["wrong"] == 0

@@ -1,8 +1,9 @@
-"""The one-shot kernel on GPUs: ranks emulated on one, and between two; eager and in a graph."""
+"""The one-shot kernel on GPUs: ranks emulated on one, and one on each; eager and in a graph."""
 
 import pytest
 import torch
 from distributed import run_ranks
+from gpus import COUNT, RANKS
 from test_fused_gpu import EPS, TOLERANCES, draw, expected, relative_error
 
 from sglang_tokenweave.emulation import new_stream
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+needs_two_gpus = pytest.mark.skipif(COUNT < 2, reason="needs two CUDA devices")
 
 
 class Ranks:
@@ -140,7 +141,7 @@ def _between_processes(rank):
         group = OneShotGroup(torch.distributed.group.WORLD, device, CAPACITY, hidden, dtype)
         for number, rows in enumerate(ROWS):
             generator = torch.Generator().manual_seed(number)
-            shapes = (2, rows, hidden), (rows, hidden), (hidden,)
+            shapes = (RANKS, rows, hidden), (rows, hidden), (hidden,)
             partials, residual, weight = (
                 torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes
             )
@@ -163,9 +164,9 @@ def _between_processes(rank):
 
 @pytest.mark.multi_gpu
 @needs_two_gpus
-def test_two_gpus_match_float64_and_hold_the_same_bits():
-    for first, second in zip(*run_ranks(_between_processes, 2), strict=True):
-        for error, kept, allowed, _ in (first, second):
+def test_gpus_match_float64_and_hold_the_same_bits():
+    for answers in zip(*run_ranks(_between_processes, RANKS), strict=True):
+        for error, kept, allowed, out in answers:
             assert error <= allowed
             assert kept <= allowed
-        assert torch.equal(first[-1], second[-1])
+            assert torch.equal(out, answers[0][-1])

@@ -1,6 +1,6 @@
 """The peer transport between processes: against float64, on two streams, in a CUDA graph.
 
-On two GPUs where there are two; on one, the processes take turns.
+One on each GPU; on a single one, two take turns.
 """
 
 from functools import cache
@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 import torch
 from distributed import run_ranks
+from gpus import COUNT, RANKS
 
 from sglang_tokenweave.transport import Slot
 
-WORLD = 2
 EPS = 1e-5
 CAPACITY = 1031
 MODELS = (
@@ -39,7 +39,7 @@ pytestmark = [
 
 
 def _device(rank):
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    device = torch.device("cuda", rank % COUNT)
     torch.cuda.set_device(device)
     return device
 
@@ -48,7 +48,7 @@ def _inputs(rank, rows, hidden, dtype):
     generator = torch.Generator().manual_seed(rows)
     tensors = (
         torch.randn(shape, generator=generator).to(dtype)
-        for shape in ((WORLD, rows, hidden), (rows, hidden), (hidden,))
+        for shape in ((RANKS, rows, hidden), (rows, hidden), (hidden,))
     )
     return [tensor.cuda() for tensor in tensors]
 
@@ -65,7 +65,7 @@ def _run_case(transport, buffer, rank, case):
     buffer.tensor.fill_(float("nan"))  # every row must be written, and none beyond
     slot.tensor.copy_(partials[rank])
     is_one_shot = ctas == 0 and not beside
-    owned = slice(None) if is_one_shot else slot.owned_rows(rank, WORLD)
+    owned = slice(None) if is_one_shot else slot.owned_rows(rank, RANKS)
     shard = residual[owned].clone() if with_residual else None
     transport.allreduce_rmsnorm(
         slot, shard, weight, EPS, ctas=ctas, beside=beside, weight_offset=offset
@@ -97,7 +97,7 @@ def _cases_on_rank(rank):
 
 @cache
 def _results():
-    return run_ranks(_cases_on_rank, WORLD, timeout_s=300)
+    return run_ranks(_cases_on_rank, RANKS, timeout_s=300)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -133,7 +133,7 @@ def _graph_on_rank(rank):
         both()
     torch.distributed.barrier()
     # Processes that share a GPU wait for each other's turn, some milliseconds each.
-    for _ in range(1000 if torch.cuda.device_count() >= WORLD else 20):
+    for _ in range(1000 if COUNT >= RANKS else 20):
         graph.replay()
     torch.cuda.synchronize()
     output = buffer.tensor.float().cpu()
@@ -142,9 +142,9 @@ def _graph_on_rank(rank):
 
 
 def test_two_streams_in_a_graph_many_times():
-    outputs = run_ranks(_graph_on_rank, WORLD, timeout_s=300)
-    assert torch.equal(outputs[0], outputs[1])
-    # Without residual a normalised row stays normalised: sum of two equal rows, scaled back to 1.
+    outputs = run_ranks(_graph_on_rank, RANKS, timeout_s=300)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    # Without residual a normalised row stays normalised: sum of equal rows, scaled back to 1.
     torch.testing.assert_close(outputs[0].pow(2).mean(-1), torch.ones(2048), rtol=2e-2, atol=2e-2)
 
 
@@ -173,7 +173,7 @@ def _copied_on_rank(rank):
 
 
 def test_the_copy_engines_give_the_same_as_the_kernel():
-    check_all(run_ranks(_copied_on_rank, WORLD, timeout_s=300))
+    check_all(run_ranks(_copied_on_rank, RANKS, timeout_s=300))
 
 
 def _one_shot_on_rank(rank):
@@ -196,9 +196,9 @@ def _one_shot_on_rank(rank):
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.skipif(COUNT < 2, reason="needs two CUDA devices")
 def test_the_one_shot_op_and_the_kernel_take_turns():
-    check_all(run_ranks(_one_shot_on_rank, WORLD, timeout_s=300))
+    check_all(run_ranks(_one_shot_on_rank, RANKS, timeout_s=300))
 
 
 def _fp8_on_rank(rank):
@@ -225,7 +225,7 @@ def _fp8_on_rank(rank):
 
 
 def test_quantized_rows_go_to_another_buffer():
-    answers = run_ranks(_fp8_on_rank, WORLD, timeout_s=300)
+    answers = run_ranks(_fp8_on_rank, RANKS, timeout_s=300)
     for error, is_kept, rows, scales in answers:
         assert error < 5.4e-2  # of e4m3, as in test_fused_gpu.py
         assert is_kept

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from distributed import run_ranks
+from gpus import RANKS
 
 WORLD = 2
 NUM_BYTES = 3 << 20
@@ -85,19 +86,19 @@ def _check_nothing_is_left(answers):
 @pytest.mark.parametrize("across_hosts", [False, True], ids=["descriptors", "fabric if possible"])
 def test_cycles_leave_nothing_behind(across_hosts):
     options = {"across_hosts": across_hosts}
-    _check_nothing_is_left(run_ranks(_good_cycles, WORLD, options, timeout_s=300))
+    _check_nothing_is_left(run_ranks(_good_cycles, RANKS, options, timeout_s=300))
 
 
 @on_two_gpus
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(not MAY_USE_MULTICAST, reason="TOKENWEAVE_TEST_MULTICAST is not 1")
 def test_cycles_with_multicast_leave_nothing_behind():
-    _check_nothing_is_left(run_ranks(_good_cycles, WORLD, {"use_multicast": True}, timeout_s=300))
+    _check_nothing_is_left(run_ranks(_good_cycles, RANKS, {"use_multicast": True}, timeout_s=300))
 
 
 @pytest.mark.parametrize("name", ["cuMemImportFromShareableHandle", "cuMemSetAccess", "cuMemsetD8"])
 def test_failures_of_one_rank_leave_nothing_behind_on_any(name):
-    _check_nothing_is_left(run_ranks(_failing_cycles, WORLD, name, timeout_s=300))
+    _check_nothing_is_left(run_ranks(_failing_cycles, RANKS, name, timeout_s=300))
 
 
 def _meet_in_memory(rank, options, hide_others=False):
@@ -173,7 +174,7 @@ def _with_a_switch(rank, name, value):
     ],
 )
 def test_with_a_switch_no_multicast_function_of_the_driver_is_reached(name, value):
-    for address, why, called in run_ranks(_with_a_switch, WORLD, name, value):
+    for address, why, called in run_ranks(_with_a_switch, RANKS, name, value):
         assert address is None
         assert "forbids multicast" in why  # naming this switch, or one that was set before
         assert called == []

@@ -1,7 +1,8 @@
-"""The woven forward in CUDA graphs, in a real SGLang: ranks emulated on one GPU, and on two."""
+"""The woven forward in CUDA graphs, in a real SGLang: ranks emulated on one GPU, and on several."""
 
 from dataclasses import replace
 
+import gpus
 import pytest
 import torch
 import woven_servers
@@ -37,13 +38,9 @@ def model(tmp_path_factory):
     return make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama", "bfloat16", **MODEL)
 
 
-def on_two_gpus(*values):
-    too_few = torch.cuda.device_count() < 2
-    marks = [pytest.mark.multi_gpu, pytest.mark.skipif(too_few, reason="needs two CUDA devices")]
-    return pytest.param(*values, marks=marks, id="two GPUs")
-
-
-@pytest.fixture(scope="module", params=[pytest.param(1, id="emulated"), on_two_gpus(2)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="emulated"), gpus.on(2, 2), gpus.on(4, 4)]
+)
 def tp(request):
     return request.param
 
