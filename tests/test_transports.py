@@ -150,6 +150,7 @@ def test_a_measurement_does_without_what_cannot_be_made(communicate):
 def test_the_one_shot_op_is_made_for_a_table_that_names_it(communicate):
     few = PlanRow(Mode.DECODE, 1, Kind.FUSE)
     assert communicate(few, transport="peer", tune="off") == ({"one-shot"}, ROWS)
+    assert communicate(few, tune="auto") == ({"one-shot"}, ROWS)  # without copy engines
 
 
 @pytest.mark.parametrize("tune", ["off", "auto"])
