@@ -8,8 +8,7 @@ import torch
 from benchmarks.ours import Ours
 from benchmarks.variant import Absent
 from benchmarks.workbench import Workbench
-from sglang_tokenweave import compiler
-from sglang_tokenweave.driver import Kernel
+from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Slot, SymmetricBuffer
 
@@ -36,15 +35,12 @@ class Mover:
 
     def __init__(self, *, reads: bool, writes: bool) -> None:
         """Compile it for the current device and load it."""
-        expression = f"sm_limits<{str(reads).lower()}, {str(writes).lower()}>"
-        arch = compiler.architecture(*torch.cuda.get_device_capability())
-        compiled = compiler.compile_kernel("sm_limits.cu", expression, arch)
-        self._kernel = Kernel.load(
-            compiled.cubin,
-            compiled.name,
+        self._kernel = load_kernel(
+            "sm_limits.cu",
+            f"sm_limits<{str(reads).lower()}, {str(writes).lower()}>",
+            torch.device("cuda"),
             num_threads=_THREADS,
             shared_bytes=_SHARED_BYTES,
-            device=torch.cuda.current_device(),
         )
 
     def launch(self, source: Sequence[int], target: Sequence[int], rows: int, ctas: int) -> None:
