@@ -35,37 +35,55 @@ struct Packed<true> {
 };
 
 // One group of threads at its rows.
-template <typename T, typename Transport, bool kFp8, int kVecs, int kThreads, int kStages>
+template <typename T,
+          typename Transport,
+          bool kFp8,
+          int kVecs,
+          int kThreads,
+          int kStages,
+          bool kIsExact>
 struct Group {
     using Sums = float[kVecs][kVecElements];
     using Out = typename Packed<kFp8>::Type;
     // Of a row: the addends to fetch, the residual last.
     static constexpr int kPieces = Transport::kFabricAdds ? 1 : Transport::kAddresses + 1;
-    // Where the fabric adds, registers are short: there the weight is read for each row, from L1.
-    static constexpr bool kKeepsWeight = !Transport::kFabricAdds;
+    // With many ranks, and where the fabric adds, registers are short: there the weight is read for
+    // each row, from L1.
+    static constexpr bool kKeepsGain = !Transport::kFabricAdds && Transport::kAddresses <= 4;
 
     const Params& p;
-    Ring<kVecs, kThreads, kStages> ring;
-    WarpFacts<kThreads>* parts;  // shared: [2], by turns, so that one barrier a row is enough
+    Ring<Columns<kVecs, kThreads, kIsExact>, kVecs, kThreads, kStages> ring;
+    SharedVecs parts;            // two WarpFacts, by turns, so that one barrier a row is enough
     u32 id, first, owned, step;  // rows: the first of this rank's, how many, from one to the next
-    Vec weight[kVecs];           // if kKeepsWeight
-    Vec ahead[kVecs];            // where the fabric adds: the sum of the next row
+    u32 kept;                    // rows that have a residual: all or none
+    float row_part;              // 1 / hidden
+    float gain[kVecs][kVecElements];  // if kKeepsGain
+    Vec ahead[kVecs];                 // where the fabric adds: the sum of the next row
 
     // Fetch piece `i` counted from the first one of the row `mine` (an index into this rank's).
     __device__ __forceinline__ void fetch(u32 into, u32 mine, int i) {
         mine += i / kPieces * step;
-        bool is_residual = i % kPieces == kPieces - 1;
-        const Vec* rows = is_residual ? p.residual : p.x[i % kPieces];
-        ring.fetch(into, mine < owned ? rows : nullptr, is_residual ? mine : first + mine);
+        if (i % kPieces == kPieces - 1)
+            ring.fetch(into, p.residual + ring.columns.offset(mine), mine < kept);
+        else
+            ring.fetch(into, p.x[i % kPieces] + ring.columns.offset(first + mine), mine < owned);
     }
 
     __device__ __forceinline__ void load_ahead(u32 mine) {
         if (!Transport::kFabricAdds || mine >= owned) return;
+        const Vec* row = p.x[0] + ring.columns.offset(first + mine);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-            if (ring.columns.has(v))
-                ahead[v] =
-                    Transport::template sum<T>(p.x[0] + ring.columns.offset(first + mine, v));
+            if (ring.columns.has(v)) ahead[v] = Transport::template sum<T>(row + v * kThreads);
+    }
+
+    // weight_offset + weight, of this thread's ring.columns.
+    __device__ __forceinline__ void load_gain(float (&into)[kVecElements], int v) const {
+        Vec weight = {};
+        if (ring.columns.has(v)) weight = load(p.weight + v * kThreads + ring.columns.thread);
+        widen_all<T>(into, weight);
+#pragma unroll
+        for (int i = 0; i < kVecElements; ++i) into[i] += p.weight_offset;
     }
 
     __device__ __forceinline__ void start(u32 mine) {
@@ -76,27 +94,34 @@ struct Group {
 
     // Add up a row and set the pieces of later ones on their way.
     __device__ __forceinline__ void sum(u32 mine, Sums& sums) {
+        if constexpr (Transport::kFabricAdds) {
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-            for (int i = 0; i < kVecElements; ++i) sums[v][i] = 0.0f;
-            if (Transport::kFabricAdds && ring.columns.has(v)) add<T>(sums[v], ahead[v]);
+            for (int v = 0; v < kVecs; ++v)
+                if (ring.columns.has(v))
+                    widen_all<T>(sums[v], ahead[v]);
+                else
+                    clear(sums[v]);
+            load_ahead(mine + step);
+        } else {
+            take<true>(mine, 0, sums);
         }
-        load_ahead(mine + step);
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            if (i < kPieces - 1 || p.residual != nullptr) ring.template add_oldest<T>(sums);
-            fetch(ring.stage, mine, i + kStages);
-            ring.advance();
-        }
+        for (int i = Transport::kFabricAdds ? 0 : 1; i < kPieces; ++i) take<false>(mine, i, sums);
+    }
+
+    template <bool kIsFirst>
+    __device__ __forceinline__ void take(u32 mine, int i, Sums& sums) {
+        if (i < kPieces - 1 || kept != 0) ring.template take_oldest<T, kIsFirst>(sums);
+        fetch(ring.stage, mine, i + kStages);
+        ring.advance();
     }
 
     __device__ __forceinline__ void keep_residual(u32 mine, const Sums& sums) {
-        if (p.residual == nullptr) return;
+        if (kept == 0) return;
+        Vec* row = p.residual + ring.columns.offset(mine);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-            if (ring.columns.has(v))
-                store(p.residual + ring.columns.offset(mine, v), round_all<T>(sums[v]));
+            if (ring.columns.has(v)) store(row + v * kThreads, round_all<T>(sums[v]));
     }
 
     // sums := sums * (weight_offset + weight); the facts are of before and after.
@@ -104,22 +129,20 @@ struct Group {
         RowFacts own = {};
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            float gain[kVecElements] = {};
-            if constexpr (kKeepsWeight)
-                add<T>(gain, weight[v]);
-            else if (ring.columns.has(v))
-                add<T>(gain, load(p.weight + ring.columns.offset(0, v)));
+            if constexpr (!kKeepsGain) load_gain(gain[v], v);
 #pragma unroll
             for (int i = 0; i < kVecElements; ++i) {
                 own.square_sum += sums[v][i] * sums[v][i];
-                sums[v][i] *= p.weight_offset + gain[i];
+                sums[v][i] *= gain[v][i];
                 if constexpr (kFp8) own.largest = fmaxf(own.largest, fabsf(sums[v][i]));
             }
         }
-        return combine<kFp8, kThreads>(own, parts[turn], id, ring.columns.thread);
+        constexpr u32 kFactsVecs = sizeof(WarpFacts<kThreads>) / sizeof(Vec);
+        return combine<kFp8, kThreads>(own, parts + turn * kFactsVecs, id, ring.columns.thread);
     }
 
     __device__ __forceinline__ void put(u32 row, const Sums& sums, float scale) {
+        u32 offset = ring.columns.offset(row);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             if (!ring.columns.has(v)) continue;
@@ -133,12 +156,12 @@ struct Group {
                 rounded = round_all<T>(values);
 #pragma unroll
             for (int i = 0; i < Transport::kAddresses; ++i)
-                Transport::put(static_cast<Out*>(p.out[i]) + ring.columns.offset(row, v), rounded);
+                Transport::put(static_cast<Out*>(p.out[i]) + offset + v * kThreads, rounded);
         }
     }
 
     __device__ __forceinline__ void finish(u32 row, const Sums& sums, RowFacts facts) {
-        float scale = rsqrtf(facts.square_sum / static_cast<float>(p.hidden) + p.eps);
+        float scale = rsqrtf(facts.square_sum * row_part + p.eps);
         if constexpr (kFp8) {
             float unit = facts.largest * scale / kLargestE4m3;  // what the byte of 1.0 stands for
             if (ring.columns.thread < Transport::kAddresses)
@@ -157,24 +180,30 @@ template <typename T,
           int kVecs,
           int kGroups,
           int kThreads,
-          int kStages>
+          int kStages,
+          bool kIsExact>
 __global__ __launch_bounds__(kGroups* kThreads,
                              1) void allreduce_rmsnorm(const __grid_constant__ Params p) {
-    using RowGroup = Group<T, Transport, kFp8, kVecs, kThreads, kStages>;
+    using RowGroup = Group<T, Transport, kFp8, kVecs, kThreads, kStages, kIsExact>;
     extern __shared__ Vec shared[];
     __shared__ WarpFacts<kThreads> parts[kGroups][2];
 
     u32 id = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
+    pin(thread);
     u32 share = (p.num_tokens + kRanks - 1) / kRanks;
     u32 first = min(p.barrier.rank * share, p.num_tokens);
     u32 owned = min(share, p.num_tokens - first);
+    Columns<kVecs, kThreads, kIsExact> columns{thread, p.hidden / kVecElements};
+    SharedVecs places = SharedVecs::at(shared + id * kStages * kVecs * kThreads + thread);
     RowGroup group{p,
-                   {shared + id * kStages * kVecs * kThreads, {thread, p.hidden / kVecElements}, 0},
-                   parts[id],
+                   {columns, places, 0},
+                   SharedVecs::at(parts[id]),
                    id,
                    first,
                    owned,
                    gridDim.x * kGroups,
+                   p.residual == nullptr ? 0 : owned,
+                   1.0f / static_cast<float>(p.hidden),
                    {},
                    {}};
     if (thread < WarpFacts<kThreads>::kEntries)  // those without a warp are never written again
@@ -184,8 +213,10 @@ __global__ __launch_bounds__(kGroups* kThreads,
     wait_for_kernel_before();
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-        if (RowGroup::kKeepsWeight && group.ring.columns.has(v))
-            group.weight[v] = load(p.weight + v * kThreads + thread);
+        if (RowGroup::kKeepsGain) {
+            group.load_gain(group.gain[v], v);
+            for (float& each : group.gain[v]) pin(each);
+        }
     u32 epoch = p.barrier.epochs[blockIdx.x] + 1;
     meet<kRanks, true>(p.barrier, epoch);
     Transport::fence();

@@ -24,6 +24,21 @@ struct Fp16 {
 
 constexpr float kLargestE4m3 = 448.0f;
 
+__device__ __forceinline__ void clear(float (&values)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = 0.0f;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen_all(float (&values)[8], Vec v) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float2 pair = T::widen(v.word[i]);
+        values[2 * i] = pair.x;
+        values[2 * i + 1] = pair.y;
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ void add(float (&sum)[8], Vec v) {
 #pragma unroll

@@ -13,14 +13,30 @@ struct alignas(8) ByteVec {  // 8 elements of 8 bits
     u32 word[2];
 };
 
-__device__ __forceinline__ u32 smem_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
+// Keep a value in its register: the compiler may not make it anew, nor take it apart, from here on.
+__device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)); }
+
+// Vecs in shared memory, by their address there.
+//
+// A pointer's address depends on the block's place in its cluster, so that the compiler asks for it
+// at every access. Here it is made once.
+struct SharedVecs {
+    u32 address;
+
+    static __device__ __forceinline__ SharedVecs at(const void* pointer) {
+        u32 address = static_cast<u32>(__cvta_generic_to_shared(pointer));
+        pin(address);
+        return {address};
+    }
+    __device__ __forceinline__ SharedVecs operator+(u32 vecs) const {
+        return {address + vecs * static_cast<u32>(sizeof(Vec))};
+    }
+};
 
 // 16 bytes from global (also a peer's) to shared memory, without passing through registers.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(shared)),
-                 "l"(global)
+__device__ __forceinline__ void copy_async(SharedVecs shared, const Vec* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared.address), "l"(global)
                  : "memory");
 }
 
@@ -43,13 +59,18 @@ __device__ __forceinline__ Vec load(const Vec* pointer) {
     return v;
 }
 
-__device__ __forceinline__ Vec load_shared(const Vec* pointer) {
+__device__ __forceinline__ Vec load_shared(SharedVecs from) {
     Vec v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "r"(smem_address(pointer))
+                 : "r"(from.address)
                  : "memory");
     return v;
+}
+
+// Value `index` counted from the first of the first vec.
+__device__ __forceinline__ void store_shared(SharedVecs to, u32 index, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to.address + index * 4), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void store(Vec* pointer, Vec v) {

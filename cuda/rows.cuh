@@ -6,14 +6,24 @@
 constexpr int kWarpThreads = 32;
 constexpr int kVecElements = 8;
 
-template <int kVecs, int kThreads>
+// With kIsExact, the threads' vecs are a row's: none is left over.
+template <int kVecs, int kThreads, bool kIsExact>
 struct Columns {
     u32 thread;    // of the group
     u32 num_vecs;  // of a row
 
-    __device__ __forceinline__ bool has(int v) const { return v * kThreads + thread < num_vecs; }
-    __device__ __forceinline__ u64 offset(u32 row, int v) const {
-        return static_cast<u64>(row) * num_vecs + v * kThreads + thread;
+    __device__ __forceinline__ u32 row_vecs() const {
+        return kIsExact ? kVecs * kThreads : num_vecs;
+    }
+    __device__ __forceinline__ bool has(int v) const {
+        return kIsExact || v * kThreads + thread < num_vecs;
+    }
+    // 32 bits: the rows of a buffer have far fewer than 2^32 vecs, which are 64 GiB.
+    __device__ __forceinline__ u32 offset(u32 row) const {
+        u32 vecs = row * row_vecs() + thread;
+        pin(vecs);  // or all addresses are carried from row to row, in registers that do not
+                    // suffice
+        return vecs;
     }
 };
 
@@ -21,38 +31,44 @@ struct Columns {
 //
 // A piece is one addend of one row. No other thread touches the places of this one, so there is
 // nothing to synchronise: a thread waits for its own copies.
-template <int kVecs, int kThreads, int kStages>
+template <typename Columns, int kVecs, int kThreads, int kStages>
 struct Ring {
-    Vec* places;  // shared: [kStages][kVecs][kThreads]
-    Columns<kVecs, kThreads> columns;
-    u32 stage;  // of the oldest piece
+    Columns columns;
+    SharedVecs places;  // [kStages][kVecs][kThreads], from this thread's first on
+    u32 stage;          // of the oldest piece
 
-    static constexpr int kStageVecs = kVecs * kThreads;
-
-    // Into the place whose piece was taken last. `rows` may be null: nothing is copied, but a piece
+    // Into the place whose piece was taken last. A piece that is not `there` is not copied, but
     // counts, because what is waited for is a number of them.
-    __device__ __forceinline__ void fetch(u32 into, const Vec* rows, u32 row) {
-        if (rows != nullptr) {
+    __device__ __forceinline__ void fetch(u32 into, const Vec* piece, bool is_there) {
+        if (is_there) {
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
-                if (columns.has(v)) copy_async(place(into, v), rows + columns.offset(row, v));
+                if (columns.has(v)) copy_async(place(into, v), piece + v * kThreads);
         }
         copy_async_commit();
     }
 
-    // Add the oldest piece, once it has arrived.
-    template <typename T>
-    __device__ __forceinline__ void add_oldest(float (&sums)[kVecs][kVecElements]) {
+    // Take the oldest piece, once it has arrived: the first of a row, or one more.
+    template <typename T, bool kIsFirst>
+    __device__ __forceinline__ void take_oldest(float (&sums)[kVecs][kVecElements]) {
         copy_async_wait<kStages - 1>();
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v)
-            if (columns.has(v)) add<T>(sums[v], load_shared(place(stage, v)));
+        for (int v = 0; v < kVecs; ++v) {
+            if (columns.has(v)) {
+                if (kIsFirst)
+                    widen_all<T>(sums[v], load_shared(place(stage, v)));
+                else
+                    add<T>(sums[v], load_shared(place(stage, v)));
+            } else if (kIsFirst) {
+                clear(sums[v]);
+            }
+        }
     }
 
     __device__ __forceinline__ void advance() { stage = stage + 1 == kStages ? 0 : stage + 1; }
 
-    __device__ __forceinline__ Vec* place(u32 of, int v) const {
-        return places + of * kStageVecs + v * kThreads + columns.thread;
+    __device__ __forceinline__ SharedVecs place(u32 of, int v) const {
+        return places + (of * (kVecs * kThreads) + v * kThreads);
     }
 };
 
@@ -70,10 +86,10 @@ struct alignas(16) WarpFacts {
     float largest[kEntries];
 };
 
-// Combine the threads' parts of a row; `parts` is not the last row's.
+// Combine the threads' parts of a row; `parts`, a WarpFacts, is not the last row's.
 template <bool kNeedsLargest, int kThreads>
-__device__ __forceinline__ RowFacts
-combine(RowFacts own, WarpFacts<kThreads>& parts, u32 id, u32 thread) {
+__device__ __forceinline__ RowFacts combine(RowFacts own, SharedVecs parts, u32 id, u32 thread) {
+    constexpr int kEntries = WarpFacts<kThreads>::kEntries;
 #pragma unroll
     for (int lane = kWarpThreads / 2; lane > 0; lane /= 2) {
         own.square_sum += __shfl_xor_sync(0xffffffffu, own.square_sum, lane);
@@ -81,18 +97,19 @@ combine(RowFacts own, WarpFacts<kThreads>& parts, u32 id, u32 thread) {
             own.largest = fmaxf(own.largest, __shfl_xor_sync(0xffffffffu, own.largest, lane));
     }
     if (thread % kWarpThreads == 0) {
-        parts.square_sums[thread / kWarpThreads] = own.square_sum;
-        if constexpr (kNeedsLargest) parts.largest[thread / kWarpThreads] = own.largest;
+        store_shared(parts, thread / kWarpThreads, own.square_sum);
+        if constexpr (kNeedsLargest)
+            store_shared(parts, kEntries + thread / kWarpThreads, own.largest);
     }
     barrier_of(1 + id, kThreads);
     RowFacts all = {};
 #pragma unroll
-    for (int four = 0; four < WarpFacts<kThreads>::kEntries; four += 4) {  // 16 bytes a load
-        Vec sums = load_shared(reinterpret_cast<const Vec*>(parts.square_sums + four));
+    for (int four = 0; four < kEntries / 4; ++four) {  // 16 bytes a load
+        Vec sums = load_shared(parts + four);
 #pragma unroll
         for (int i = 0; i < 4; ++i) all.square_sum += __uint_as_float(sums.word[i]);
         if constexpr (!kNeedsLargest) continue;
-        Vec largest = load_shared(reinterpret_cast<const Vec*>(parts.largest + four));
+        Vec largest = load_shared(parts + (kEntries / 4 + four));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             all.largest = fmaxf(all.largest, __uint_as_float(largest.word[i]));

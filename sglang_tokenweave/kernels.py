@@ -17,8 +17,8 @@ _WARP_THREADS = 32
 _MAX_GROUPS = 8
 _MAX_STAGES = 16  # more are never under way: latency times bandwidth is less
 # Vecs per thread and threads per block: a row's float32 sums stay in registers, of which a thread
-# has 64 or 128. What the fabric adds arrives in registers too, so multicast needs more; so does the
-# code for GPUs with little shared memory, which are of another architecture.
+# has 64 or 128. What the fabric adds arrives in registers too, so multicast needs more; so do many
+# ranks' addresses, FP8, and the code for GPUs with little shared memory, of another architecture.
 _MANY_THREADS, _MANY_REGISTERS = (2, 1024), (4, 512)
 
 
@@ -55,6 +55,7 @@ class Variant:
     num_stages: int  # pieces of rows that a group fetches ahead
     is_multicast: bool = False
     is_fp8: bool = False  # the result; what comes in is of `element`
+    is_exact: bool = False  # a group's threads have exactly a row's vecs
 
     @property
     def expression(self) -> str:
@@ -63,7 +64,7 @@ class Variant:
         numbers = (self.num_vecs, self.num_groups, self.group_threads, self.num_stages)
         return (
             f"allreduce_rmsnorm<{self.element}, {transport}, {self.num_ranks}, "
-            f"{str(self.is_fp8).lower()}, {', '.join(map(str, numbers))}>"
+            f"{_bool(self.is_fp8)}, {', '.join(map(str, numbers))}, {_bool(self.is_exact)}>"
         )
 
     @property
@@ -109,7 +110,8 @@ def choose_variant(
         raise ValueError(f"{num_ranks} ranks: the kernel is built for {RANKS}")
     if hidden_size % _VEC_ELEMENTS or not 0 < hidden_size <= 16384:
         raise ValueError(f"hidden_size {hidden_size}: it must be a multiple of 8 up to 16384")
-    needs_registers = is_multicast or shared_limit_bytes < SHARED_LIMIT_BYTES
+    has_little_shared = shared_limit_bytes < SHARED_LIMIT_BYTES
+    needs_registers = is_multicast or is_fp8 or num_ranks > 2 or has_little_shared
     num_vecs, cta_threads = _MANY_REGISTERS if needs_registers else _MANY_THREADS
     vecs_per_warp = num_vecs * _WARP_THREADS
     group_threads = -(-(hidden_size // _VEC_ELEMENTS) // vecs_per_warp) * _WARP_THREADS
@@ -127,4 +129,10 @@ def choose_variant(
         num_stages,
         is_multicast,
         is_fp8,
+        is_exact=num_vecs * group_threads * _VEC_ELEMENTS == hidden_size,
     )
+
+
+def _bool(value: bool) -> str:
+    """Return it as C++ spells it."""
+    return str(value).lower()

@@ -17,10 +17,20 @@ struct alignas(8) ByteVec {  // 8 elements of 8 bits
     u32 word[2];
 };
 
+template <typename V>
+inline void pin(V&) {}
+
+struct SharedVecs {
+    Vec* pointer;
+
+    static SharedVecs at(void* pointer) { return {static_cast<Vec*>(pointer)}; }
+    SharedVecs operator+(u32 vecs) const { return {pointer + vecs}; }
+};
+
 // Nothing arrives before the wait: until then, the destination reads as NaN.
-inline void copy_async(void* shared, const void* global) {
-    std::memset(shared, 0xff, sizeof(Vec));
-    shim::block->running->copies.push_back({shared, global});
+inline void copy_async(SharedVecs shared, const Vec* global) {
+    std::memset(shared.pointer, 0xff, sizeof(Vec));
+    shim::block->running->copies.push_back({shared.pointer, global});
     ++shim::block->running->uncommitted;
 }
 
@@ -41,7 +51,10 @@ inline void copy_async_wait() {
 }
 
 inline Vec load(const Vec* pointer) { return *pointer; }
-inline Vec load_shared(const Vec* pointer) { return *pointer; }
+inline Vec load_shared(SharedVecs from) { return *from.pointer; }
+inline void store_shared(SharedVecs to, u32 index, float value) {
+    to.pointer[index / 4].word[index % 4] = std::bit_cast<u32>(value);
+}
 inline void store(Vec* pointer, Vec v) { *pointer = v; }
 inline void store(ByteVec* pointer, ByteVec v) { *pointer = v; }
 inline void store(float* pointer, float value) { *pointer = value; }
