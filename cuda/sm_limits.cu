@@ -18,8 +18,9 @@ template <bool kReads, bool kWrites>
 __global__ __launch_bounds__(kThreads, 1) void sm_limits(const __grid_constant__ Params p) {
     constexpr int kVecs = kRowVecs / kThreads;
     extern __shared__ Vec shared[];  // [kAhead][kParts][kRowVecs]
-    auto piece = [&](u32 place, int part) {
-        return shared + (place * kParts + part) * kRowVecs + threadIdx.x;
+    SharedVecs places = SharedVecs::at(shared + threadIdx.x);
+    auto piece = [&](u32 place, int part, int v) {
+        return places + ((place * kParts + part) * kRowVecs + v * kThreads);
     };
     auto fetch = [&](u32 place, u32 row) {
         u64 start = static_cast<u64>(row) * kRowVecs + threadIdx.x;
@@ -28,8 +29,7 @@ __global__ __launch_bounds__(kThreads, 1) void sm_limits(const __grid_constant__
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
                 if (kReads && row < p.rows)
-                    copy_async(piece(place, part) + v * kThreads,
-                               p.in[part] + start + v * kThreads);
+                    copy_async(piece(place, part, v), p.in[part] + start + v * kThreads);
         copy_async_commit();
     };
     for (u32 i = 0; i < kAhead; ++i) fetch(i, blockIdx.x + i * gridDim.x);
@@ -42,7 +42,7 @@ __global__ __launch_bounds__(kThreads, 1) void sm_limits(const __grid_constant__
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
             for (int v = 0; v < kVecs; ++v) {
-                if (kReads) value = load_shared(piece(place, part) + v * kThreads);
+                if (kReads) value = load_shared(piece(place, part, v));
                 if (kWrites) store(p.out[part] + start + v * kThreads, value);
             }
         fetch(place, row + kAhead * gridDim.x);

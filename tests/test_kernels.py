@@ -54,6 +54,12 @@ def test_compiles_for_every_architecture(arch, is_multicast, cache):
     assert compiled.resources.spill_stores_bytes == 0
 
 
+@pytest.mark.parametrize("what", ["true, false", "false, true", "true, true"])
+def test_the_kernel_that_only_moves_rows_compiles(what, cache):
+    compiled = compile_kernel("sm_limits.cu", f"sm_limits<{what}>", "sm_90a", cache=cache)
+    assert compiled.resources.spill_stores_bytes == compiled.resources.spill_loads_bytes == 0
+
+
 def ptx_of(variant, cache):
     compiled = compile_kernel("allreduce_rmsnorm.cu", variant.expression, "sm_90a", cache=cache)
     return compiled.ptx
