@@ -15,11 +15,9 @@ _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
 _WARP_THREADS = 32
 _MAX_GROUPS = 8
-_MAX_STAGES = 16  # more are never under way: latency times bandwidth is less
-# Vecs per thread and threads per block: a row's float32 sums stay in registers, of which a thread
-# has 64 or 128. What the fabric adds arrives in registers too, so multicast needs more; so do many
-# ranks' addresses, FP8, and the code for GPUs with little shared memory, of another architecture.
-_MANY_THREADS, _MANY_REGISTERS = (2, 1024), (4, 512)
+# Per thread, and threads per block, of which each then has 128 registers: a row's float32 sums and
+# the gain stay there. 1024 threads of two would share what a row costs among half the elements.
+_NUM_VECS, _MOST_THREADS = 4, 512
 
 
 class Params(ctypes.Structure):
@@ -93,7 +91,10 @@ def choose_variant(
     has_one_group: bool = False,
     shared_limit_bytes: int = SHARED_LIMIT_BYTES,
 ) -> Variant:
-    """Return the variant for a shape: as many pieces in flight as shared memory holds.
+    """Return the variant for a shape: one row's pieces in flight, as far as memory holds them.
+
+    More reads under way are no faster where the SMs are the limit, and where the link is, they hold
+    up the results that cross it the other way (docs/communication.md).
 
     Args:
         dtype: of what comes in.
@@ -110,26 +111,23 @@ def choose_variant(
         raise ValueError(f"{num_ranks} ranks: the kernel is built for {RANKS}")
     if hidden_size % _VEC_ELEMENTS or not 0 < hidden_size <= 16384:
         raise ValueError(f"hidden_size {hidden_size}: it must be a multiple of 8 up to 16384")
-    has_little_shared = shared_limit_bytes < SHARED_LIMIT_BYTES
-    needs_registers = is_multicast or is_fp8 or num_ranks > 2 or has_little_shared
-    num_vecs, cta_threads = _MANY_REGISTERS if needs_registers else _MANY_THREADS
-    vecs_per_warp = num_vecs * _WARP_THREADS
+    vecs_per_warp = _NUM_VECS * _WARP_THREADS
     group_threads = -(-(hidden_size // _VEC_ELEMENTS) // vecs_per_warp) * _WARP_THREADS
-    num_groups = 1 if has_one_group else min(cta_threads // group_threads, _MAX_GROUPS)
-    stage_bytes = num_groups * num_vecs * group_threads * _VEC_ELEMENTS * 2
-    # Where the fabric adds, only the residual's pieces are fetched: two rows ahead are enough.
-    most = 2 if is_multicast else _MAX_STAGES
+    num_groups = 1 if has_one_group else min(_MOST_THREADS // group_threads, _MAX_GROUPS)
+    stage_bytes = num_groups * _NUM_VECS * group_threads * _VEC_ELEMENTS * 2
+    # Where the fabric adds, only the residual is fetched, and two rows ahead.
+    most = 2 if is_multicast else num_ranks + 1
     num_stages = min(most, (shared_limit_bytes - _STATIC_BYTES) // stage_bytes)
     return Variant(
         _ELEMENTS[dtype],
         num_ranks,
-        num_vecs,
+        _NUM_VECS,
         num_groups,
         group_threads,
         num_stages,
         is_multicast,
         is_fp8,
-        is_exact=num_vecs * group_threads * _VEC_ELEMENTS == hidden_size,
+        is_exact=_NUM_VECS * group_threads * _VEC_ELEMENTS == hidden_size,
     )
 
 
