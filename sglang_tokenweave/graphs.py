@@ -6,9 +6,11 @@ padded at its end. What differs between two batches of a size is read from memor
 """
 
 import copy
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -116,7 +118,8 @@ class WovenGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads go on with their own CUDA calls meanwhile.
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with _no_collection(), torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
             self._run(halves, plan)
         return graph
 
@@ -201,6 +204,22 @@ class WovenGraphs:
         ]
         pinned = torch.tensor(rows, pin_memory=self._requests.is_cuda)
         self._requests.copy_(pinned, non_blocking=True)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python destroy nothing of its own accord.
+
+    Graphs that are no longer needed wait in reference cycles. To destroy one fails the capture
+    under way (pytorch#161037), with torch < 2.12 all later ones in the same memory, too (#180395).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _fill(static: torch.Tensor, rows: torch.Tensor) -> None:

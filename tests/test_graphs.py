@@ -1,6 +1,9 @@
 """What a batch becomes before the graph of its woven forward is launched, without a GPU."""
 
+import gc
 import threading
+import weakref
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from in_process import World
 from server import VERSIONS
 from sglang_sources import folder
 
-from sglang_tokenweave import capturing
+from sglang_tokenweave import capturing, seams
 from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
 from sglang_tokenweave.plan import BatchShape, GraphShape, Kind, Mode, Plan
 from sglang_tokenweave.runtime import Runtime
@@ -223,3 +226,46 @@ def test_every_release_prepares_fa3_s_prefills_for_graphs(version):
     assert 'getattr(forward_batch, "_attn_output", None)' in fa3
     batch = (root / "model_executor" / "forward_batch_info.py").read_text()
     assert "    _attn_output: Optional[torch.Tensor] = None" in batch
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch):
+    """A graph that is destroyed then, by a collection, fails the capture under way."""
+    events = []
+
+    @contextmanager
+    def graph(*_, **__):
+        events.append("begins")
+        yield
+        events.append("ends")
+
+    fakes = {
+        "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+        "current_stream": lambda: None,
+        "stream": lambda _: nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": object,
+        "graph": graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(seams, "graph_pool", lambda: None)
+
+    def run(halves, plan):
+        if events == ["begins"]:
+            old = type("Graph", (), {})()
+            old.itself = old
+            weakref.finalize(old, events.append, "destroyed")
+            del old
+            assert len([[] for _ in range(1000)]) == 1000  # more than the thresholds
+
+    graphs = make_graphs(0)
+    graphs._run = run
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10, 1, 1)
+    try:
+        WovenGraphs._record(graphs, (), PLAN)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
+    gc.collect()
+    assert events == ["begins", "ends", "destroyed"]

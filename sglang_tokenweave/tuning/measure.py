@@ -15,6 +15,7 @@ they are timed in a row, behind one that keeps the device busy while the next is
 Before it is timed, a candidate has to give stock's logits, roughly: no table has one that is wrong.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from sglang_tokenweave.stock_graphs import Taken
 from sglang_tokenweave.tuning.clock import clock_of
 from sglang_tokenweave.tuning.table import OFF, Candidate
 
+logger = logging.getLogger(__name__)
 MOST_LAYERS = 8  # that run
 # Of logits, relative to stock's. Another order of roundings may send a token to another expert, so
 # it has to be large; logits that have nothing to do with stock's are sqrt(2) away.
@@ -158,7 +160,9 @@ class Meter:
                 graphs = capturing.capture(
                     self._model_runner, self._runtime, tokens, self._first_woven
                 )
-            except DisagreementError:  # on all ranks: such a server would do without, too
+            except DisagreementError as error:  # on all ranks: a server would do without, too
+                if self._group.rank == 0:
+                    logger.warning("TokenWeave times a woven prefill without a graph: %s", error)
                 graphs = None
             self._woven[candidate] = graphs
             self._first_woven = self._first_woven or graphs
