@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str], benc
     add("--tp", type=int, default=2, help="GPUs of each server (%(default)s)")
     add("--variants", type=names, default=tuple(variants), help=",".join(variants))
     add("--both", default="", metavar="FLAGS", help="flags of every server")
+    add("--ours", default="", metavar="FLAGS", help="flags of each of ours, after its own")
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--deadline", type=float, default=400, metavar="S", help="for all starts (%(default)s)")
     machine.add_arguments(parser, bench)
@@ -160,8 +161,9 @@ def serving(
                 str(output), variant.no_communication, emulated_ranks if variant.is_ours else 0
             )
             every = (*flags, *variant.flags, *shlex.split(options.both))
-            if options.cpu and variant.is_ours:
-                every += ("--tokenweave-transport", "reference")
+            if variant.is_ours:
+                every += tuple(shlex.split(options.ours))
+                every += ("--tokenweave-transport", "reference") if options.cpu else ()
             port = stack.enter_context(
                 running(
                     contender(name, variant, every, settings, plugin),
