@@ -14,7 +14,6 @@ from benchmarks.schema import load
 from sglang_tokenweave.waves import GemmShape, predicted_us
 
 MODELS = {each.name: each for each in (LLAMA_70B, QWEN_72B, MIXTRAL)}
-_HIDDEN = 8192
 _RESULTS = Path(__file__).parent / "results"
 # Prefills of ours that the model is held against. Below so many tokens the CPU is most of a pass;
 # above a chunk there are several.
@@ -133,11 +132,11 @@ def ops() -> list[Check]:
 
 def own() -> list[Check]:
     """Compare with measurements of ours on H200: one, and several."""
-    return _one_gpu() + _several_gpus()
+    return _gemms() + _several_gpus()
 
 
-def _one_gpu() -> list[Check]:
-    gemms = [
+def _gemms() -> list[Check]:
+    return [
         Check(
             "one GEMM, H200",
             f"k {k}, n {n}, {tokens} tokens",
@@ -147,18 +146,6 @@ def _one_gpu() -> list[Check]:
         for (k, n), row in GEMM_US.items()
         for tokens, measured in zip(GEMM_TOKENS, row, strict=True)
     ]
-    kernels = [
-        Check(
-            "our kernel at TP=2 without a link, H200",
-            f"{row.tokens} tokens, {row.variant}",
-            model.linkless_us(row.tokens * _HIDDEN * model.ELEMENT_BYTES, ctas(row.variant) or 1),
-            row.time_us,
-        )
-        for row in load(model.ONE_GPU).rows
-        if row.variant.startswith("fused/")
-        and (row.tokens, row.variant) not in model.USED  # the model's constants are from these
-    ]
-    return gemms + kernels
 
 
 def _several_gpus() -> list[Check]:
@@ -176,7 +163,8 @@ def _several_gpus() -> list[Check]:
             for row in load(_RESULTS / f"op-h200x{world_size}.json").rows
             if row.variant.startswith("fused/")
             and (count := ctas(row.variant))
-            and (world_size, row.tokens, row.variant) != (2, *model.LINK)
+            # The model's constants are from some rows of two.
+            and (world_size > 2 or (row.tokens, row.variant) not in model.USED)
         ]
     for prefill in _PREFILLS:
         for times in _passes(*prefill):

@@ -17,8 +17,10 @@ from sglang_tokenweave.waves import GemmShape, predicted_us, transformer_layer
 ELEMENT_BYTES = 2
 CTAS_BESIDE = (2, 4, 8, 16)  # among which a tuner would choose
 CTAS_ALONE = 32
-_SHAPE, ONE_GPU = "h8192-bf16", Path(__file__).parent / "results" / "one_gpu-h200.json"
-_BANDWIDTH, _LATENCY = USED = ((8192, "fused/4"), (64, "fused/32"))  # rows that give constants
+_SHAPE, OP = "h8192-bf16", Path(__file__).parent / "results" / "op-h200x2.json"
+# Rows of it that give constants: the SMs are the limit in one, nothing but latency in another; and
+# the link's rate.
+_BANDWIDTH, _LATENCY, LINK = USED = ((8192, "fused/4"), (1, "fused/32"), (8192, "fused/16"))
 # Of the peak of memory: the planner's fit has 4 of an H200's 4.8 TB/s.
 _MEMORY_SHARE = 4 / 4.8
 # An all-reduce over multicast on two thread blocks of each of 8 H100: 134 MB in 764 us (figure 7 of
@@ -50,11 +52,10 @@ class Gpu:
 
 # NVLink 4, between two H200: our kernel on 16 thread blocks, 8192 rows of 8192. It is 0.89 of the
 # 370 GB/s that NCCL counts on; of NVLink 5 the same share is taken of 722.
-LINK = (8192, "fused/16")  # the row of op-h200x2 that says so
-H200 = Gpu("H200", 132, 989, 4800, 331, 308)
-H100 = Gpu("H100", 132, 989, 3350, 331, 308)
-B200 = Gpu("B200", 148, 2250, 8000, 646, 533)
-GB200 = Gpu("GB200", 148, 2500, 8000, 646, 533)
+H200 = Gpu("H200", 132, 989, 4800, 330, 308)
+H100 = Gpu("H100", 132, 989, 3350, 330, 308)
+B200 = Gpu("B200", 148, 2250, 8000, 644, 533)
+GB200 = Gpu("GB200", 148, 2500, 8000, 644, 533)
 
 
 @dataclass(frozen=True)
@@ -174,26 +175,21 @@ def sm_bytes(activations: float, world_size: int) -> float:
     return activations * (2 + 2 / world_size)
 
 
-def linkless_us(activations: float, ctas: int) -> float:
-    """Return the fused op at TP=2 where its memory is all on one GPU."""
-    return latency_us() + sm_bytes(activations, 2) / (ctas * sm_gb_s()) / 1e3
-
-
 @lru_cache(maxsize=1)
 def sm_gb_s() -> float:
-    """Return what one thread block of our kernel reads and writes: measured, on one H200."""
-    return _moved(_BANDWIDTH) / _measured_us(_BANDWIDTH) / 1e3
+    """Return what one thread block of our kernel reads and writes: measured, on two H200."""
+    return _moved(_BANDWIDTH) / (_measured_us(_BANDWIDTH) - latency_us()) / 1e3
 
 
 @lru_cache(maxsize=1)
 def latency_us() -> float:
-    """Return what an op takes beside its bytes: measured with few of them, without a link."""
-    return _measured_us(_LATENCY) - _moved(_LATENCY) / sm_gb_s() / 1e3
+    """Return what an op takes beside its bytes: measured with one row of them."""
+    return _measured_us(_LATENCY)
 
 
 def _measured_us(row: tuple[int, str]) -> float:
     tokens, variant = row
-    return by_size(load(ONE_GPU), _SHAPE)[tokens][variant].time_us
+    return by_size(load(OP), _SHAPE)[tokens][variant].time_us
 
 
 def _moved(row: tuple[int, str]) -> float:
