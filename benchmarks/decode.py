@@ -117,7 +117,8 @@ def _one_size(
     )
     rows, absent = [], {}
     for name, server in servers.items():
-        problem = timed_servers.ran_otherwise(name, before[name], server.plans("decode"))
+        counts = timed_servers.planned_since(before[name], server.plans("decode"))
+        problem = timed_servers.ran_otherwise(name, counts)
         if problem and not VARIANTS[name].tunes:
             absent[f"{name}, {requests} requests"] = problem
             continue
@@ -126,6 +127,8 @@ def _one_size(
             "tokens_per_s": 1e6 * requests / time.time_us,
             "context_tokens": options.context + options.steps // 2,
         }
+        if VARIANTS[name].tunes:
+            extra |= timed_servers.shares(counts)
         shape = f"{options.shape}-{options.layers}l-tp{options.tp}"
         rows.append(Row(shape, requests, name, time.time_us, time.spread_us, extra))
     return rows, absent

@@ -135,13 +135,16 @@ def _one_length(
     )
     rows, absent = [], {}
     for name, server in servers.items():
-        problem = timed_servers.ran_otherwise(name, before[name], server.plans("prefill"))
+        counts = timed_servers.planned_since(before[name], server.plans("prefill"))
+        problem = timed_servers.ran_otherwise(name, counts)
         if problem and not VARIANTS[name].tunes:
             absent[f"{name}, {tokens} tokens"] = problem
             continue
         time = timing.summarize([wall for wall, _ in rounds[name]])
         cpu = timing.summarize([cpu for _, cpu in rounds[name]])
         extra = {"cpu_us_per_layer": cpu.time_us / options.layers}
+        if VARIANTS[name].tunes:
+            extra |= timed_servers.shares(counts)
         shape = f"{options.shape}-{options.layers}l-tp{options.tp}"
         rows.append(Row(shape, tokens, name, time.time_us, time.spread_us, extra))
     return rows, absent

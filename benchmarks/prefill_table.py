@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from benchmarks.roles import by_size, shapes
-from benchmarks.schema import BENCHES, Result, Row
+from benchmarks.schema import BENCHES, SHARES, Result, Row
 
 BOUND = "no_comm"
 
@@ -30,7 +30,7 @@ def tables(result: Result) -> list[tuple[str, Cells, dict[str, Cells]]]:
     columns = [
         name
         for name in BENCHES[result.bench].columns
-        if any(name in row.extra for row in result.rows)
+        if name not in SHARES and any(name in row.extra for row in result.rows)
     ]
     return [
         (shape, _times(result, shape), {name: _column(result, shape, name) for name in columns})
@@ -48,11 +48,17 @@ def _times(result: Result, shape: str) -> Cells:
             [
                 str(tokens),
                 *(_ms(rows[name]) if name in rows else "-" for name in names),
-                f"{best.time_us / mine.time_us:.2f}x ({mine.variant})" if best and mine else "-",
+                f"{best.time_us / mine.time_us:.2f}x ({_ran(mine)})" if best and mine else "-",
                 f"{100 * bound.time_us / mine.time_us:.0f}" if bound and mine else "-",
             ]
         )
     return head, cells
+
+
+def _ran(row: Row) -> str:
+    """Return a variant, and the plans that it chose where it chooses."""
+    plans = [name.removesuffix("_share") for name in SHARES if row.extra.get(name)]
+    return ": ".join([row.variant, *filter(None, [", ".join(plans)])])
 
 
 def _column(result: Result, shape: str, column: str) -> Cells:

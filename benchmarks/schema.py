@@ -20,6 +20,9 @@ class Bench:
     columns: tuple[str, ...] = ()  # optional numbers of a row, each with its unit in its name
 
 
+# Of the batches of a server that decides by itself: which plan it had for how many of them.
+SHARES = ("off_share", "fuse_share", "weave_share")
+
 BENCHES: Mapping[str, Bench] = {
     "op": Bench(
         r"floor|nccl(\+norm)?|two_shot(\+norm)?|one_shot\+norm|sglang_v2(_raised)?\+norm"
@@ -29,10 +32,11 @@ BENCHES: Mapping[str, Bench] = {
     "one_gpu": Bench(r"(fused|read|write|read\+write)/\d+"),
     "prefill": Bench(
         r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|auto|no_comm",
-        ("cpu_us_per_layer", "tokens_per_s", "cut_tokens", "ctas_count"),
+        ("cpu_us_per_layer", "tokens_per_s", "cut_tokens", "ctas_count", *SHARES),
     ),
     "decode": Bench(
-        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|auto|no_comm", ("tokens_per_s", "context_tokens")
+        r"(stock|fuse|weave)(/[a-z0-9_.-]+)*|auto|no_comm",
+        ("tokens_per_s", "context_tokens", *SHARES),
     ),
     "serving": Bench(
         r"(stock|tokenweave)(/[a-z0-9_.-]+)*",

@@ -100,11 +100,21 @@ def in_rounds(
     return found
 
 
-def ran_otherwise(name: str, before: Mapping[str, int], after: Mapping[str, int]) -> str | None:
+def planned_since(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """Return how many batches got which plan between two counts."""
+    return {plan: count - before[plan] for plan, count in after.items()}
+
+
+def ran_otherwise(name: str, counts: Mapping[str, int]) -> str | None:
     """Return how a server planned, if not all as the variant's name says; None: it did."""
-    counts = {plan: count - before[plan] for plan, count in after.items()}
     is_as_named = counts.get(name.partition("/")[0], 0) == sum(counts.values())
     return None if is_as_named else f"ran as {counts}"
+
+
+def shares(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the share of the batches that each plan had, as columns of a row."""
+    total = sum(counts.values())
+    return {f"{plan}_share": count / total for plan, count in counts.items() if total}
 
 
 def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str], bench: str) -> None:

@@ -95,6 +95,8 @@ def test_a_variant_that_ran_as_something_else_has_no_row():
     assert set(found) == {"stock/default", "weave/kernel/4", "auto"}
     assert found["weave/kernel/4"].time_us == 20.0
     assert found["weave/kernel/4"].extra == {"cpu_us_per_layer": 5.0}
+    shares = {"off_share": 0.0, "fuse_share": 1.0, "weave_share": 0.0}
+    assert found["auto"].extra == {"cpu_us_per_layer": 3.75, **shares}
     assert found["weave/kernel/4"].shape == "smoke-2l-tp1"
     assert absent == {"weave/copy, 40 tokens": "ran as {'off': 4, 'fuse': 0, 'weave': 0}"}
     prompts = [prompt for server in servers.values() for prompt in server.prompts]

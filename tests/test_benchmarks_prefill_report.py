@@ -48,6 +48,19 @@ def test_what_the_planner_chose_counts_where_it_took_part():
     assert "1.18x (auto)" in text
 
 
+def test_the_table_says_which_plans_were_chosen():
+    shares = {"off_share": 0.25, "fuse_share": 0.0, "weave_share": 0.75}
+    result = result_of({**TIMES, "auto": 5000.0})
+    rows = [
+        replace(row, extra=shares) if (row.variant, row.tokens) == ("auto", 8192) else row
+        for row in result.rows
+    ]
+    text = table.text(replace(result, rows=tuple(rows)))
+    assert "1.18x (auto) " in text
+    assert "1.18x (auto: off, weave) " in text
+    assert "_share" not in text
+
+
 def test_bars_pass_where_all_is_well():
     found = judged(result_of())
     assert {each.verdict for each in found.values()} == {Verdict.PASS}
