@@ -60,9 +60,18 @@ class Served:
 
     def plans(self, mode: str) -> dict[str, int]:
         """Return how many batches of a mode got which plan; empty on a stock server."""
-        state = demo.get_json(f"http://{HOST}:{self.port}/server_info")["internal_states"][0]
-        counts: dict[str, int] = state.get("tokenweave", {}).get("batches", {}).get(mode, {})
+        counts: dict[str, int] = self._says().get("batches", {}).get(mode, {})
         return counts
+
+    def excuses(self) -> str:
+        """Return what the server says that it does without, and why batches did not run woven."""
+        said = self._says()
+        return "; ".join([*said.get("notes", ()), *said.get("fallbacks", ())])
+
+    def _says(self) -> dict[str, Any]:
+        state = demo.get_json(f"http://{HOST}:{self.port}/server_info")["internal_states"][0]
+        ours: dict[str, Any] = state.get("tokenweave", {})
+        return ours
 
     def _read(self, rank: int) -> list[Pass]:
         found, self.offsets[rank] = forward_timer.read(self.output, rank, self.offsets.get(rank, 0))
@@ -105,10 +114,10 @@ def planned_since(before: Mapping[str, int], after: Mapping[str, int]) -> dict[s
     return {plan: count - before[plan] for plan, count in after.items()}
 
 
-def ran_otherwise(name: str, counts: Mapping[str, int]) -> str | None:
+def ran_otherwise(name: str, counts: Mapping[str, int], excuses: str) -> str | None:
     """Return how a server planned, if not all as the variant's name says; None: it did."""
     is_as_named = counts.get(name.partition("/")[0], 0) == sum(counts.values())
-    return None if is_as_named else f"ran as {counts}"
+    return None if is_as_named else f"ran as {counts}" + (f"; {excuses}" if excuses else "")
 
 
 def shares(counts: Mapping[str, int]) -> dict[str, float]:

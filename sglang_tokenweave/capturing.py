@@ -167,6 +167,12 @@ def capture_all(model_runner: Any, runtime: Runtime) -> WovenGraphs | None:
     return graphs
 
 
+def num_left_out(model_runner: Any, runtime: Runtime) -> int:
+    """Return how many sizes of stock's graphs would be woven, and have no graph of the weave."""
+    captured = {shape.num_tokens for shape in runtime.graphs.shapes} if runtime.graphs else set()
+    return len(set(runtime.sizes_to_capture(sorted(seams.graph_sizes(model_runner)))) - captured)
+
+
 def _is_too_much(spent: tuple[float, int]) -> bool:
     seconds, taken = spent
     return seconds > MOST_S or taken > MOST_OF_MEMORY * torch.cuda.mem_get_info()[1]

@@ -199,7 +199,11 @@ def test_what_capturing_may_take_is_bounded_alike_on_all_ranks(
             graphs.shapes = (GraphShape(size, 0, 1, least_tokens), *graphs.shapes)
 
         local[group.rank] = (graphs, add)
-        return capturing.capture_all(runner, runtime).shapes
+        runtime.graphs = None
+        assert capturing.num_left_out(runner, runtime) == 4
+        runtime.graphs = capturing.capture_all(runner, runtime)
+        assert capturing.num_left_out(runner, runtime) == 4 - len(captured)
+        return runtime.graphs.shapes
 
     local = {}
     monkeypatch.setattr(capturing, "_none_yet", lambda _, runtime: local[runtime.transport.rank][0])
