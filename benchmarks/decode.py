@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import machine, shapes, switches, table, timed_servers, timing
+from benchmarks import command, machine, shapes, switches, timed_servers, timing
 from benchmarks.schema import Meta, Result, Row
 from benchmarks.servers import ServerError
 from benchmarks.timed_servers import AUTO, NO_COMMUNICATION, PEER, STOCK, Served, Variant
@@ -70,27 +70,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, save after each size and print; return 0, 1 if a server failed, or 2."""
+    """Measure, save after each size and print; return an exit code as of `command.run`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.layers = options.layers or shapes.SHAPES[options.shape].layers
-    command = shlex.join(["python", "-m", "benchmarks.decode", *arguments])
+    text = shlex.join(["python", "-m", "benchmarks.decode", *arguments])
     switches.spread(os.environ)
-    try:
-        meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
+
+    def measure() -> Result:
+        meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
         with (
             tempfile.TemporaryDirectory() as name,
             timed_servers.serving(options, VARIANTS, _flags(options), Path(name)) as servers,
         ):
-            result = _measure(options, meta, servers)
-    except ServerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table.text(result))
-    return 0
+            return _measure(options, meta, servers)
+
+    return command.run(measure)
 
 
 def _measure(options: argparse.Namespace, meta: Meta, servers: dict[str, Served]) -> Result:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import machine, shapes, switches, table, timed_servers, timing
+from benchmarks import command, machine, shapes, switches, timed_servers, timing
 from benchmarks.schema import Meta, Result, Row
 from benchmarks.servers import ServerError
 from benchmarks.timed_servers import AUTO, NO_COMMUNICATION, PEER, STOCK, Served, Variant
@@ -81,27 +81,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, save after each length and print; return 0, 1 if a server failed, or 2."""
+    """Measure, save after each length and print; return an exit code as of `command.run`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.layers = options.layers or shapes.SHAPES[options.shape].layers
-    command = shlex.join(["python", "-m", "benchmarks.prefill", *arguments])
+    text = shlex.join(["python", "-m", "benchmarks.prefill", *arguments])
     switches.spread(os.environ)
-    try:
+
+    def measure() -> Result:
         _check(options)
-        meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
-        with tempfile.TemporaryDirectory() as name:
-            flags, ranks = _flags(options), options.emulated_ranks
-            with timed_servers.serving(options, VARIANTS, flags, Path(name), ranks) as servers:
-                result = _measure(options, meta, servers)
-    except ServerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table.text(result))
-    return 0
+        meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
+        flags, ranks = _flags(options), options.emulated_ranks
+        with (
+            tempfile.TemporaryDirectory() as name,
+            timed_servers.serving(options, VARIANTS, flags, Path(name), ranks) as servers,
+        ):
+            return _measure(options, meta, servers)
+
+    return command.run(measure)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 from launch import demo, ports
 from launch.processes import ProcessGroup
@@ -17,6 +17,7 @@ HOST = ports.HOST
 # For servers that start side by side, where a rank may find less memory than another. By its older
 # name, SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK=1, SGLang 0.5.17 switches the check on.
 UNBALANCED = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
+ENDING = Event()  # a signal asked this program to stop: no server is waited for any longer
 _STEP_S = 0.5
 _LOG_LINES = 30
 _CHOOSING, _CHOSEN = Lock(), set[int]()  # first ports: servers that start together bind them late
@@ -86,6 +87,8 @@ def _wait(
     while not demo.is_healthy(f"http://{HOST}:{port}"):
         if server.exit_code() is not None:
             raise ServerError(f"{contender.variant}: the server ended{_tail(log)}")
+        if ENDING.is_set():
+            raise ServerError(f"{contender.variant}: stopped while it started")
         if time.monotonic() > end:
             raise ServerError(f"{contender.variant}: no answer in {deadline_s:.0f} s{_tail(log)}")
         time.sleep(_STEP_S)

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import load, machine, shapes, table, timing
+from benchmarks import command, load, machine, shapes, timing
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
-from benchmarks.servers import HOST, UNBALANCED, Contender, ServerError, running
+from benchmarks.servers import HOST, UNBALANCED, Contender, running
 from launch import demo
 
 _CLIENT = "sglang.benchmark.serving"
@@ -64,13 +64,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, save after each load and print; return 0, 1 if a server or load failed, or 2."""
+    """Measure, save after each load and print; return an exit code as of `command.run`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    command = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
-    seen: dict[tuple[str, str], list[Outcome]] = {}
-    try:
-        meta = machine.meta(options.tp, command, options.commit, options.rounds, smoke=options.cpu)
+    text = shlex.join(["python", "-m", "benchmarks.serving", *arguments])
+
+    def measure() -> Result:
+        seen: dict[tuple[str, str], list[Outcome]] = {}
+        meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
         with _model(options) as model, _servers(options, model) as together:
             for number in range(options.rounds):
                 # Should it be stopped, the file says how far it came.
@@ -79,14 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     Result("serving", replace(meta, absent=begun), _rows(seen)).save(options.output)
         result = Result("serving", meta, _rows(seen))
         result.save(options.output)
-    except (ServerError, LoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table.text(result))
-    return 0
+        return result
+
+    return command.run(measure)
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:

@@ -1,7 +1,12 @@
 """The benchmarks of prefill and decode: servers, which passes they count, what they leave out."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,7 @@ from benchmarks.servers import ServerError
 from benchmarks.timed_servers import Served
 from launch import demo
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke", "--layers=8"])
 
 
@@ -188,3 +194,44 @@ def test_it_times_real_servers(tmp_path, capsys):
     (row,) = json.loads(output.read_text())["rows"]
     assert row["time_us"] >= row["cpu_us_per_layer"] * 2 > 0
     assert "SMOKE TEST" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_a_benchmark_that_is_asked_to_stop_leaves_no_server(tmp_path):
+    command = ["--cpu", "--tp", "1", "--shape", "smoke", "--layers", "2", "--commit", "0123456"]
+    output = ["--output", str(tmp_path / "prefill.json"), "--variants", "stock/default"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.prefill", *command, *output],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        server = wait_for(lambda: children_of(running.pid), 60)
+        running.terminate()
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in said
+    assert "Traceback" not in said
+    assert not any(map(is_alive, server))
+
+
+def wait_for(condition, deadline_s):
+    end = time.monotonic() + deadline_s
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
