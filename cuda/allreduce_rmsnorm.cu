@@ -77,7 +77,7 @@ struct Group {
             if (ring.columns.has(v)) ahead[v] = Transport::template sum<T>(row + v * kThreads);
     }
 
-    // weight_offset + weight, of this thread's ring.columns.
+    // weight_offset + weight, of this thread's columns.
     __device__ __forceinline__ void load_gain(float (&into)[kVecElements], int v) const {
         Vec weight = {};
         if (ring.columns.has(v)) weight = load(p.weight + v * kThreads + ring.columns.thread);

@@ -18,11 +18,11 @@ struct Columns {
     __device__ __forceinline__ bool has(int v) const {
         return kIsExact || v * kThreads + thread < num_vecs;
     }
-    // 32 bits: the rows of a buffer have far fewer than 2^32 vecs, which are 64 GiB.
+    // 32 bits: the rows of a buffer have far fewer than 2^32 vecs, which are 64 GiB. Pinned, or the
+    // compiler carries every address from row to row, for which registers do not suffice.
     __device__ __forceinline__ u32 offset(u32 row) const {
         u32 vecs = row * row_vecs() + thread;
-        pin(vecs);  // or all addresses are carried from row to row, in registers that do not
-                    // suffice
+        pin(vecs);
         return vecs;
     }
 };
