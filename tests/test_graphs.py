@@ -17,7 +17,7 @@ from server import VERSIONS
 from sglang_sources import folder
 
 from sglang_tokenweave import capturing, seams
-from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs
+from sglang_tokenweave.graphs import REQUEST_SLOTS, WovenGraphs, _no_collection
 from sglang_tokenweave.plan import BatchShape, GraphShape, Kind, Mode, Plan
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.split import cut_batch, cut_requests
@@ -232,6 +232,40 @@ def test_every_release_prepares_fa3_s_prefills_for_graphs(version):
     assert "    _attn_output: Optional[torch.Tensor] = None" in batch
 
 
+class Cycle:
+    """What only the garbage collector ends."""
+
+    def __init__(self, held):
+        self.held, self.itself = held, self
+
+
+@contextmanager
+def collecting_often():
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_outlives_the_graphs_before_it():
+    pool, value = torch.cuda.graph_pool_handle(), torch.zeros(1, device="cuda")
+    options = {"pool": pool, "capture_error_mode": "thread_local"}
+    old, new = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(old, **options):
+        value += 1
+    with collecting_often(), _no_collection(), torch.cuda.graph(new, **options):
+        Cycle(old)
+        del old
+        assert len([[] for _ in range(1000)]) == 1000  # more than the thresholds
+        value += 2
+    new.replay()
+    assert value.item() == 2
+
+
 def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch):
     """A graph that is destroyed then, by a collection, fails the capture under way."""
     events = []
@@ -256,20 +290,13 @@ def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch):
 
     def run(halves, plan):
         if events == ["begins"]:
-            old = type("Graph", (), {})()
-            old.itself = old
-            weakref.finalize(old, events.append, "destroyed")
-            del old
+            weakref.finalize(Cycle(None), events.append, "destroyed")
             assert len([[] for _ in range(1000)]) == 1000  # more than the thresholds
 
-    graphs = make_graphs(0)
-    graphs._run = run
-    thresholds = gc.get_threshold()
-    gc.set_threshold(10, 1, 1)
-    try:
-        WovenGraphs._record(graphs, (), PLAN)
-    finally:
-        gc.set_threshold(*thresholds)
+    made = make_graphs(0)
+    made._run = run
+    with collecting_often():
+        WovenGraphs._record(made, (), PLAN)
     assert gc.isenabled()
     gc.collect()
     assert events == ["begins", "ends", "destroyed"]
