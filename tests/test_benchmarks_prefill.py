@@ -207,9 +207,9 @@ def test_a_benchmark_that_is_asked_to_stop_leaves_no_server(tmp_path):
         text=True,
     )
     try:
-        server = wait_for(lambda: children_of(running.pid), 60)
+        server = wait_for(lambda: children_of(running.pid), 120)
         running.terminate()
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=120)
     finally:
         running.kill()
     assert running.returncode == 128 + signal.SIGTERM
