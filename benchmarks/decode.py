@@ -113,7 +113,7 @@ def _one_size(
     rows, absent = [], {}
     for name, server in servers.items():
         counts = timed_servers.planned_since(before[name], server.plans("decode"))
-        problem = timed_servers.ran_otherwise(name, counts, server.excuses())
+        problem = timed_servers.ran_otherwise(name, counts, server.excuses)
         if problem and not VARIANTS[name].tunes:
             absent[f"{name}, {requests} requests"] = problem
             continue

@@ -133,7 +133,7 @@ def _one_length(
     rows, absent = [], {}
     for name, server in servers.items():
         counts = timed_servers.planned_since(before[name], server.plans("prefill"))
-        problem = timed_servers.ran_otherwise(name, counts, server.excuses())
+        problem = timed_servers.ran_otherwise(name, counts, server.excuses)
         if problem and not VARIANTS[name].tunes:
             absent[f"{name}, {tokens} tokens"] = problem
             continue

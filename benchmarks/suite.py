@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.timed_servers import RAISED
+from benchmarks.timed_servers import RAISED, names_of
 from launch.processes import ProcessGroup, Stop, StopSignals
 
 _POLL_S = 0.5
@@ -132,19 +132,11 @@ def _run(command: Sequence[str], log: Path, deadline_s: float) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     known = tuple(job.name for job in JOBS)
-
-    def names(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        for name in found:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r}; known: {', '.join(known)}")
-        return found
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--jobs", type=names, default=known, metavar="NAME,NAME", help=",".join(known))
+    add("--jobs", type=names_of(known), default=known, metavar="NAME,NAME", help=",".join(known))
     add("--tp", type=int, default=2, help="GPUs of each server, and of the op (%(default)s)")
     add("--commit", help="of this tree, where git cannot tell")
     add("--output", type=Path, default=Path("benchmark-results"), help="folder (%(default)s)")

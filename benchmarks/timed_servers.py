@@ -114,10 +114,11 @@ def planned_since(before: Mapping[str, int], after: Mapping[str, int]) -> dict[s
     return {plan: count - before[plan] for plan, count in after.items()}
 
 
-def ran_otherwise(name: str, counts: Mapping[str, int], excuses: str) -> str | None:
+def ran_otherwise(name: str, counts: Mapping[str, int], excuses: Callable[[], str]) -> str | None:
     """Return how a server planned, if not all as the variant's name says; None: it did."""
-    is_as_named = counts.get(name.partition("/")[0], 0) == sum(counts.values())
-    return None if is_as_named else f"ran as {counts}" + (f"; {excuses}" if excuses else "")
+    if counts.get(name.partition("/")[0], 0) == sum(counts.values()):
+        return None
+    return "; ".join(filter(None, [f"ran as {counts}", excuses()]))
 
 
 def shares(counts: Mapping[str, int]) -> dict[str, float]:
@@ -128,14 +129,7 @@ def shares(counts: Mapping[str, int]) -> dict[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str], bench: str) -> None:
     """Add what says which servers of which model there are."""
-
-    def names(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        for name in found:
-            if name not in variants:
-                raise argparse.ArgumentTypeError(f"{name!r}; known: {', '.join(variants)}")
-        return found
-
+    names = names_of(variants)
     add = parser.add_argument
     add("--shape", choices=shapes.SHAPES, default="tp8rank", help="the model (%(default)s)")
     add("--layers", type=int, help="of the model (8; of mixtral-8x22b 4, for memory)")
@@ -146,6 +140,19 @@ def add_arguments(parser: argparse.ArgumentParser, variants: Sequence[str], benc
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--deadline", type=float, default=400, metavar="S", help="for all starts (%(default)s)")
     machine.add_arguments(parser, bench)
+
+
+def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of names with commas between, which knows only these."""
+
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r}; known: {', '.join(known)}")
+        return found
+
+    return names
 
 
 def numbers(text: str) -> tuple[int, ...]:

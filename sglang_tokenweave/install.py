@@ -299,10 +299,8 @@ def _capture(model_runner: Any, runtime: Runtime, *, has_new_table: bool) -> Non
             logger.warning("TokenWeave: no CUDA graphs of the weave: %s", error)
     if problem is not None:
         state.notes += (f"CUDA graphs of the weave ({problem})",)
-    elif left_out := capturing.num_left_out(model_runner, runtime):
-        state.notes += (
-            f"the {left_out} smallest CUDA graphs of the weave (no time or memory left)",
-        )
+    elif left := capturing.num_left_out(model_runner, runtime):
+        state.notes += (f"the {left} smallest CUDA graphs of the weave (no time or memory left)",)
 
 
 def _table(model_runner: Any, group: Any) -> PlanTable:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from living import is_running
 
 from benchmarks import decode, forward_timer, prefill, shapes, timed_servers
 from benchmarks.forward_timer import Pass, Settings
@@ -215,7 +216,7 @@ def test_a_benchmark_that_is_asked_to_stop_leaves_no_server(tmp_path):
     assert running.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in said
     assert "Traceback" not in said
-    assert not any(map(is_alive, server))
+    assert not any(map(is_running, server))
 
 
 def wait_for(condition, deadline_s):
@@ -228,10 +229,3 @@ def wait_for(condition, deadline_s):
 
 def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from living import is_running
 from machines import FakeDriver, FakeNvml
 
 from sglang_tokenweave import compiler, driver
@@ -336,10 +337,3 @@ def test_a_driver_without_peers_and_one_that_is_not_ready(monkeypatch, libraries
     assert probes.gather(["cuda"], 60)["cuda"].peers == ((True, False), (False, True))
     monkeypatch.setenv("FAKE_CUDA_INIT", "802")
     assert "CUDA_ERROR_SYSTEM_NOT_READY (802)" in probes.gather(["cuda"], 60)["cuda"].text
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from living import is_running
 from machines import cuda_of, facts, nvml_of
 
 from sglang_tokenweave.doctor import forms, selftest
@@ -122,13 +123,6 @@ def assert_gone(folder):
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_running, pids))
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def ran(monkeypatch, machine, findings=()):
