@@ -87,7 +87,7 @@ struct Row {
     }
 };
 
-// Combine one value of each thread; `partials` is used once a launch.
+// Combine one value of each thread, none below zero; `partials` is used once a launch.
 template <typename Op, int kWarps>
 __device__ __forceinline__ float over_block(float value, float (&partials)[kWarps]) {
 #pragma unroll
@@ -95,8 +95,9 @@ __device__ __forceinline__ float over_block(float value, float (&partials)[kWarp
         value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, lane));
     if (threadIdx.x % kWarpThreads == 0) partials[threadIdx.x / kWarpThreads] = value;
     __syncthreads();
-    value = partials[0];
+    float parts[4] = {};  // four short chains of operations instead of a long one
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) value = Op::of(value, partials[warp]);
-    return value;
+    for (int warp = 0; warp < kWarps; ++warp)
+        parts[warp % 4] = Op::of(parts[warp % 4], partials[warp]);
+    return Op::of(Op::of(parts[0], parts[1]), Op::of(parts[2], parts[3]));
 }

@@ -104,16 +104,6 @@ __device__ __forceinline__ void store_relaxed_system(Vec* pointer, Vec v) {
                  : "memory");
 }
 
-// Return what was there; what any block did before its addition is seen by those that add later.
-__device__ __forceinline__ u32 add_ordered(u32* pointer, u32 value) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(pointer), "r"(value)
-                 : "memory");
-    return before;
-}
-
 __device__ __forceinline__ u64 load_acquire_system(const u64* pointer) {
     u64 value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");

@@ -23,7 +23,7 @@ from sglang_tokenweave.symmetric import PeerMemory
 
 TURNS = 3  # parts of the staging
 EMPTY = -(2**15)  # what its 16-bit words hold until somebody writes: -0.0
-_STATE_WORDS = 3
+_STATE_WORDS = 2  # of a block
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
 _WARP_THREADS = 32
@@ -39,7 +39,7 @@ class Params(ctypes.Structure):
         ("residual", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("weight", ctypes.c_uint64),
-        ("state", ctypes.c_uint64),
+        ("states", ctypes.c_uint64),
         ("deadline_ns", ctypes.c_uint64),
         ("rank", ctypes.c_uint32),
         ("capacity", ctypes.c_uint32),
@@ -122,7 +122,8 @@ class OneShotOp:
         self._rank = rank
         self._staging = (ctypes.c_uint64 * MAX_RANKS)(*staging)
         self._deadline_ns = int(deadline_s * 1e9)
-        self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        states = (capacity, _STATE_WORDS)
+        self._states = torch.zeros(states, dtype=torch.int32, device=device)
         self._kernel = load_kernel(
             "oneshot_rmsnorm.cu", variant.expression, device, num_threads=variant.num_threads
         )
@@ -161,7 +162,7 @@ class OneShotOp:
             residual=0 if residual is None else residual.data_ptr(),
             out=out.data_ptr(),
             weight=weight.data_ptr(),
-            state=self._state.data_ptr(),
+            states=self._states.data_ptr(),
             deadline_ns=self._deadline_ns,
             rank=self._rank,
             capacity=self.capacity,

@@ -26,7 +26,7 @@ struct Case {
 
 struct Rank {
     std::vector<Vec> staging;
-    State state{};
+    std::vector<State> states;
 };
 
 Case c;
@@ -77,7 +77,7 @@ void run_rank(u32 rank) {
         p.residual = c.has_residual ? &residual[start] : nullptr;
         p.out = c.is_in_place ? &x[start] : &out[start];
         p.weight = weight.data();
-        p.state = &ranks[rank].state;
+        p.states = ranks[rank].states.data();
         p.deadline_ns = c.deadline_ms * 1'000'000ull;
         p.rank = rank;
         p.capacity = c.capacity;
@@ -118,9 +118,11 @@ int main() {
     }
     out.assign(vecs, {{~0u, ~0u, ~0u, ~0u}});
     ranks.resize(num_ranks);
-    for (Rank& rank : ranks)
+    for (Rank& rank : ranks) {
         rank.staging.assign(kTurns * num_ranks * c.capacity * row_vecs,
                             {{kEmpty, kEmpty, kEmpty, kEmpty}});
+        rank.states.resize(c.capacity);
+    }
     std::vector<std::thread> threads;
     for (u32 rank = 0; rank < num_ranks; ++rank) threads.emplace_back(run_rank, rank);
     for (std::thread& thread : threads) thread.join();
