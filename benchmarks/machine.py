@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib import import_module, metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 import sglang_tokenweave
-from benchmarks.schema import NOT_INSTALLED, Meta
+from benchmarks.schema import COMMIT, NOT_INSTALLED, Meta
 from sglang_tokenweave.switches import why_multicast_is_forbidden
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +46,15 @@ def meta(world_size: int, command: str, commit: str | None, rounds: int, *, smok
 
 def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
     """Add what every benchmark takes: the commit that a result states, and its file."""
-    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    add_commit(parser)
     default = Path(f"benchmarks/results/{bench}.json")
     parser.add_argument("--output", type=Path, default=default)
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the commit; another text is refused before anything is measured."""
+    text = "of this tree, where git cannot tell"
+    parser.add_argument("--commit", type=_commit, metavar="HASH", help=text)
 
 
 def versions() -> dict[str, str]:
@@ -62,6 +69,14 @@ def versions() -> dict[str, str]:
         **found,
         "sglang_tokenweave": sglang_tokenweave.__version__,
     }
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch(COMMIT, text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected 7 to 40 digits of a commit's hash, and -dirty where files differ"
+        )
+    return text
 
 
 def git_commit(root: Path) -> str:

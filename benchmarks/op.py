@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,12 +97,13 @@ def _collect(run: _Run, deadline_s: float) -> Result:
     """Run all ranks; the file is rewritten after each size, so that nothing measured is lost."""
     result = run.result
     world_size = result.meta.world_size
-    reports = run_ranks(run_rank, world_size, run.options, deadline_s=deadline_s)
+    ranks = run_ranks(run_rank, world_size, run.options, deadline_s=deadline_s)
     try:
-        for _, report in reports:
-            result = _merge(result, report)
-            result.save(run.output)
-            _print(report)
+        with closing(ranks) as reports:  # on any error the ranks end
+            for _, report in reports:
+                result = _merge(result, report)
+                result.save(run.output)
+                _print(report)
     except RankError as error:
         absent = {**result.meta.absent, "run": f"ended early: {str(error).splitlines()[0]}"}
         replace(result, meta=replace(result.meta, absent=absent)).save(run.output)

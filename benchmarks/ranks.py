@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -59,8 +59,10 @@ class _Watched:
 
 def run_ranks(
     function: Callable[..., None], world_size: int, *arguments: Any, deadline_s: float
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any]]:
     """Run `function(rank, link, *arguments)` on every rank of a gloo group; yield their messages.
+
+    Who stops early closes what is returned: that ends the ranks.
 
     The ranks meet through a file and talk over the loopback interface.
 

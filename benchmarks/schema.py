@@ -20,6 +20,8 @@ class Bench:
     columns: tuple[str, ...] = ()  # optional numbers of a row, each with its unit in its name
 
 
+COMMIT = r"[0-9a-f]{7,40}(-dirty)?"  # of the tree that was measured
+
 # Of the batches of a server that decides by itself: which plan it had for how many of them.
 SHARES = ("off_share", "fuse_share", "weave_share")
 
@@ -158,7 +160,7 @@ def _meta(data: Any, source: str) -> Meta:
         driver=fields.text("driver"),
         world_size=fields.whole_number("world_size"),
         versions={name: versions.text(name) for name in VERSIONS},
-        commit=fields.text("commit", r"[0-9a-f]{7,40}(-dirty)?"),
+        commit=fields.text("commit", COMMIT),
         command=fields.text("command"),
         rounds=fields.whole_number("rounds"),
         clocks=fields.get("clocks", str, ""),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import machine, report
 from benchmarks.timed_servers import RAISED, names_of
 from launch.processes import ProcessGroup, Stop, StopSignals
 
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--jobs", type=names_of(known), default=known, metavar="NAME,NAME", help=",".join(known))
     add("--tp", type=int, default=2, help="GPUs of each server, and of the op (%(default)s)")
-    add("--commit", help="of this tree, where git cannot tell")
+    machine.add_commit(parser)
     add("--output", type=Path, default=Path("benchmark-results"), help="folder (%(default)s)")
     add("--cpu", action="store_true", help="try it on a CPU, with one job: its times mean nothing")
     return parser

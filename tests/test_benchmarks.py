@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_up_results import CTAS, META, result_of, rows_of
 
-from benchmarks import cases, machine, op, roles, switches, table, timing
+from benchmarks import cases, machine, op, prefill, roles, suite, switches, table, timing
 from benchmarks.cases import Case
 from benchmarks.op import main
 from benchmarks.ranks import RankError
@@ -294,6 +294,33 @@ def _fail():
 
 def _find_wrong():
     yield 0, Report(absent={"fused/4 at h8192-bf16, 2 tokens": "wrong result: 1.0"})
+
+
+@pytest.mark.parametrize("bench", [op, prefill, suite])
+def test_a_commit_that_results_could_not_state_is_refused_before_anything_runs(bench, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--commit", "main"])
+    assert ended.value.code == 2
+    assert "'main': expected 7 to 40 digits of a commit's hash" in capsys.readouterr().err
+
+
+def test_ranks_end_when_what_they_report_cannot_be_kept(tmp_path, machine_of_two, monkeypatch):
+    ended = []
+
+    def reports(*_, **__):
+        try:
+            yield 0, Report(tuple(rows_of(1)), {})
+        finally:
+            ended.append(True)
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(op, "run_ranks", reports)
+    monkeypatch.setattr(Result, "save", fail)
+    with pytest.raises(OSError, match="disk") as raised:
+        main(["--tokens", "2", "--hidden", "8192", "--commit", "abcdef0", "--seconds", "30"])
+    assert ended, f"they ran on, held by the traceback of {raised.value}"
 
 
 @pytest.mark.parametrize(
