@@ -16,20 +16,21 @@ struct Params {
     const Vec* weight;            // [hidden]
     void* out;                    // [num_rows, hidden] of T, or of FP8
     float* scales;                // [num_rows]; FP8 only
-    u32* count;                   // launches on this channel, in this rank's memory
+    u32* count;                   // ops on this channel, in this rank's memory
     u64* watched;                 // phase, then count, in the host's memory; null: nobody watches
     u32 next_phase;               // written to `watched`
+    u32 num_ops;                  // added to the count: 0 if another piece of the op follows
     float eps;
     float weight_offset;
     u32 num_rows;  // there is one block even without rows
     u32 hidden;
 };
 
-// The first wait of this op is over: the count tells a watcher one op from the next, also when the
-// same captured launch is replayed.
+// A wait of this op is over: the count tells a watcher one op from the next, also when the same
+// captured launch is replayed.
 __device__ __forceinline__ void report(const Params& p) {
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
-    u32 count = *p.count + 1;
+    u32 count = *p.count + p.num_ops;
     *p.count = count;
     if (p.watched == nullptr) return;
     store_release_system(p.watched, static_cast<u64>(count) << 32 | p.next_phase);

@@ -25,6 +25,7 @@ class Params(ctypes.Structure):
         ("count", ctypes.c_uint64),
         ("watched", ctypes.c_uint64),
         ("next_phase", ctypes.c_uint32),
+        ("num_ops", ctypes.c_uint32),
         ("eps", ctypes.c_float),
         ("weight_offset", ctypes.c_float),
         ("num_rows", ctypes.c_uint32),

@@ -2,11 +2,12 @@
 
 Each rank copies its partial rows to their owners' staging and says so (FULL); an owner that has
 them all adds and normalises its rows in a short kernel, copies the result to all ranks and says so
-(DONE). Everything can be captured in a CUDA graph.
+(DONE). Large ones are cut in two: the first piece is normalised while the second one travels, and
+the second one while the first one's result does. Everything can be captured in a CUDA graph.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,17 @@ import torch.distributed as dist
 
 from sglang_tokenweave import add_rmsnorm, driver
 from sglang_tokenweave.agreement import Group, as_group, step
-from sglang_tokenweave.copy_lanes import CopyLanes, new_event, new_stream, order
-from sglang_tokenweave.copy_plan import Channel, Layout, Phase, Plan, Region, Rows, make_plan
+from sglang_tokenweave.copy_lanes import Aside, CopyLanes, new_event, new_stream, order
+from sglang_tokenweave.copy_plan import (
+    CUT_BYTES,
+    Channel,
+    Layout,
+    Phase,
+    Piece,
+    Region,
+    Rows,
+    make_plan,
+)
 from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import FP8
 from sglang_tokenweave.loading import load_kernel
@@ -34,6 +44,8 @@ _PLANS = 4096  # kept; each is a few hundred bytes
 _EVENTS = 16  # ops beside that may be pending and still be told apart
 # Fewer channels of the hardware than this, and a stream that waits holds up others.
 _LEAST_CONNECTIONS = 4
+
+Normalise = Callable[[Piece], None]  # enqueue the kernel for a piece's own rows
 
 
 class CopyEngine:
@@ -50,6 +62,7 @@ class CopyEngine:
         can_write_fp8: bool = False,
         max_lanes: int = MAX_LANES,
         deadline_s: float = DEVICE_S,
+        cut_bytes: int = CUT_BYTES,
     ) -> None:
         """Load the kernels for `layout`; `device` is the current one.
 
@@ -62,6 +75,7 @@ class CopyEngine:
             can_write_fp8: whether results may be FP8.
             max_lanes: streams that copy at once, for each of the two channels.
             deadline_s: of each wait; then this process ends.
+            cut_bytes: sent by a rank, from which on they are sent in two pieces.
 
         Raises:
             ValueError: the kernel does not serve this layout, memory is not as described, or an
@@ -73,6 +87,7 @@ class CopyEngine:
         self._scratch = scratch
         self._regions = tuple(regions)
         self._num_lanes = min(layout.world_size - 1, max_lanes)
+        self._cut_bytes = cut_bytes
         _check_connections()
         _check_memory(layout, scratch, self._regions)
         if flags not in ("memory_ops", "kernels"):
@@ -91,6 +106,7 @@ class CopyEngine:
             else:
                 self._flags = KernelFlags(layout, scratch, deadline_s, device)
             self._lanes = {ch: CopyLanes.create(stack, self._num_lanes) for ch in Channel}
+            self._aside = {ch: Aside.create(stack) for ch in Channel}
             self._side, self._started = new_stream(stack, priority=-1), new_event(stack)
             self._finished = cycle([new_event(stack) for _ in range(_EVENTS)])
             self._resources = stack.pop_all()
@@ -160,19 +176,23 @@ class CopyEngine:
         channel = Channel.BESIDE if beside else Channel.IN_LINE
         tensors = [slot.tensor, out.tensor, *([] if out.scales is None else [out.scales])]
         pointers = tuple((tensor.data_ptr(), tensor.dtype.itemsize) for tensor in tensors)
-        plan = self._plan(channel, slot.num_tokens, pointers)
-        parameters = self._parameters(channel, plan, residual, weight, eps, weight_offset)
+        pieces = self._plan(channel, slot.num_tokens, pointers)
         caller = torch.cuda.current_stream().cuda_stream
         stream = self._side if beside else caller
         if beside:
             order(self._started, caller, stream)
 
-        self._lanes[channel].copy(stream, plan.scatter)
-        self._flags.exchange(stream, channel, Phase.FULL)
-        # One block without rows, too: it counts.
-        num_blocks = max(plan.num_rows, 1)
-        add_rmsnorm.launch(self._kernels[out.tensor.dtype], stream, num_blocks, parameters)
-        self._lanes[channel].copy(stream, plan.gather)
+        def normalise(piece: Piece) -> None:
+            parameters = self._parameters(channel, piece, residual, weight, eps, weight_offset)
+            # One block without rows, too: it counts.
+            num_blocks = max(piece.num_rows, 1)
+            add_rmsnorm.launch(self._kernels[out.tensor.dtype], stream, num_blocks, parameters)
+
+        match pieces:
+            case (whole,):
+                self._move_at_once(stream, channel, whole, normalise)
+            case (first, second):
+                self._move_in_two(stream, channel, first, second, normalise)
         self._flags.exchange(stream, channel, Phase.DONE)
 
         if not beside:
@@ -181,13 +201,49 @@ class CopyEngine:
         driver.call("cuEventRecord", finished, stream)
         return _EventPending(finished)
 
+    def _move_at_once(
+        self, stream: int, channel: Channel, piece: Piece, normalise: Normalise
+    ) -> None:
+        lanes = self._lanes[channel]
+        lanes.copy(stream, piece.scatter)
+        self._flags.exchange(stream, channel, piece.phase)
+        normalise(piece)
+        lanes.copy(stream, piece.gather)
+
+    def _move_in_two(
+        self, stream: int, channel: Channel, first: Piece, second: Piece, normalise: Normalise
+    ) -> None:
+        """Copy aside what can travel while `stream` normalises.
+
+        No rank waits for flags of a piece before it has told its own: whatever order the hardware
+        takes these streams in, the peers' waits end.
+        """
+        lanes, flags, aside = self._lanes[channel], self._flags, self._aside[channel]
+        lanes.copy(stream, first.scatter)
+        flags.tell(stream, channel, first.phase)
+        order(aside.begun, stream, aside.stream)
+        lanes.copy(aside.stream, second.scatter)
+        flags.tell(aside.stream, channel, second.phase)
+        driver.call("cuEventRecord", aside.sent, aside.stream)
+
+        flags.wait(stream, channel, first.phase)
+        normalise(first)
+        order(aside.normalised, stream, aside.stream)
+        lanes.copy(aside.stream, first.gather)
+
+        driver.call("cuStreamWaitEvent", stream, aside.sent, 0)
+        flags.wait(stream, channel, second.phase)
+        normalise(second)
+        lanes.copy(stream, second.gather)
+        order(aside.ended, aside.stream, stream)
+
     def close(self) -> None:
         """Release streams, memory and the watchdog; all ranks must have finished their ops."""
         self._resources.close()
 
     def _make_plan(
         self, channel: Channel, num_tokens: int, pointers: tuple[tuple[int, int], ...]
-    ) -> Plan:
+    ) -> tuple[Piece, ...]:
         hidden = self._layout.hidden_size
         names = ("slot", "result", "scales")
         columns = (hidden, hidden, 1)
@@ -201,13 +257,20 @@ class CopyEngine:
             rows.append(Rows(places, row_bytes))
         x, outputs = rows[0], tuple(rows[1:])
         return make_plan(
-            self._layout, self._scratch, channel, num_tokens, x, outputs, self._num_lanes
+            self._layout,
+            self._scratch,
+            channel,
+            num_tokens,
+            x,
+            outputs,
+            self._num_lanes,
+            self._cut_bytes,
         )
 
     def _parameters(
         self,
         channel: Channel,
-        plan: Plan,
+        piece: Piece,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
@@ -215,17 +278,18 @@ class CopyEngine:
     ) -> add_rmsnorm.Params:
         own = self._scratch.addresses[self.rank]
         return add_rmsnorm.Params(
-            parts=plan.parts,
-            residual=0 if residual is None else residual.data_ptr(),
+            parts=piece.parts,
+            residual=0 if residual is None else residual[piece.start :].data_ptr(),
             weight=weight.data_ptr(),
-            out=plan.outputs[0],
-            scales=plan.outputs[1] if len(plan.outputs) > 1 else 0,
+            out=piece.outputs[0],
+            scales=piece.outputs[1] if len(piece.outputs) > 1 else 0,
             count=own + self._layout.count(channel),
             watched=self._board.device_address(channel) if self._board else 0,
-            next_phase=Phase.DONE,
+            next_phase=piece.phase + 1,
+            num_ops=int(piece.phase == Phase.FULL),
             eps=eps,
             weight_offset=weight_offset,
-            num_rows=plan.num_rows,
+            num_rows=piece.num_rows,
             hidden=self._layout.hidden_size,
         )
 

@@ -43,6 +43,22 @@ class CopyLanes:
             driver.call("cuStreamWaitEvent", stream, join, 0)
 
 
+@dataclass(frozen=True)
+class Aside:
+    """A stream for what an op copies while its own stream normalises."""
+
+    stream: Any
+    begun: Any
+    sent: Any
+    normalised: Any
+    ended: Any
+
+    @classmethod
+    def create(cls, stack: ExitStack) -> "Aside":
+        """Create a stream and events; `stack` owns them."""
+        return cls(new_stream(stack), *(new_event(stack) for _ in range(4)))
+
+
 def new_stream(stack: ExitStack, priority: int = 0) -> Any:
     """Create a stream that does not wait for the default one; `stack` owns it."""
     flags = driver.bindings().CUstream_flags.CU_STREAM_NON_BLOCKING

@@ -1,4 +1,4 @@
-"""How ranks tell one another that their copies have arrived: two exchanges of flags an op.
+"""How ranks tell one another that their copies have arrived: two or three exchanges of flags an op.
 
 Values are constants (set to 1, awaited as 1, reset to 0 by who waited), so that a captured graph
 can be replayed. No flag says that staging is free: a peer's next op follows its wait for DONE.
@@ -21,8 +21,14 @@ _WARP = 32
 class Flags(Protocol):
     """Exchanges flags on a stream."""
 
+    def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
+        """Set this rank's flag at every peer."""
+
+    def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
+        """Wait for the peers' flags here, and clear them."""
+
     def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
-        """Set this rank's flag at every peer, wait for the peers' flags here, and clear those."""
+        """Do both, which takes no longer than one."""
 
 
 class MemoryOpFlags:
@@ -32,15 +38,19 @@ class MemoryOpFlags:
     """
 
     def __init__(self, layout: Layout, scratch: Region, board: Board) -> None:
-        self._batches = {
-            (channel, phase): _batch(layout, scratch, board, channel, phase)
-            for channel in Channel
-            for phase in Phase
-        }
+        each = [(channel, phase) for channel in Channel for phase in Phase]
+        self._tell = {key: _tell(layout, scratch, *key) for key in each}
+        self._wait = {key: _wait_for(layout, scratch, board, *key) for key in each}
+        self._both = {key: self._tell[key] + self._wait[key] for key in each}
+
+    def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
+        _enqueue(stream, self._tell[channel, phase])
+
+    def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
+        _enqueue(stream, self._wait[channel, phase])
 
     def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
-        batch = self._batches[channel, phase]
-        driver.call("cuStreamBatchMemOp", stream, len(batch), batch, 0)
+        _enqueue(stream, self._both[channel, phase])
 
 
 class KernelFlags:
@@ -51,14 +61,28 @@ class KernelFlags:
     ) -> None:
         expression = f"exchange_flags<{_WARP}>"
         self._kernel = load_kernel("exchange_flags.cu", expression, device, num_threads=_WARP)
-        self._params = {
-            (channel, phase): _params(layout, scratch, deadline_s, channel, phase)
-            for channel in Channel
-            for phase in Phase
-        }
+
+        def params(*, tells: bool, waits: bool) -> dict[tuple[Channel, Phase], Params]:
+            return {
+                (channel, phase): _params(
+                    layout, scratch, deadline_s, channel, phase, tells=tells, waits=waits
+                )
+                for channel in Channel
+                for phase in Phase
+            }
+
+        self._tell = params(tells=True, waits=False)
+        self._wait = params(tells=False, waits=True)
+        self._both = params(tells=True, waits=True)
+
+    def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
+        add_rmsnorm.launch(self._kernel, stream, 1, self._tell[channel, phase])
+
+    def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
+        add_rmsnorm.launch(self._kernel, stream, 1, self._wait[channel, phase])
 
     def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
-        add_rmsnorm.launch(self._kernel, stream, 1, self._params[channel, phase])
+        add_rmsnorm.launch(self._kernel, stream, 1, self._both[channel, phase])
 
 
 class Params(ctypes.Structure):
@@ -88,21 +112,28 @@ def _flags(
     }
 
 
-def _batch(
+def _tell(layout: Layout, scratch: Region, channel: Channel, phase: Phase) -> list[Any]:
+    return [_write(theirs, 1) for theirs, _ in _flags(layout, scratch, channel, phase).values()]
+
+
+def _wait_for(
     layout: Layout, scratch: Region, board: Board, channel: Channel, phase: Phase
 ) -> list[Any]:
     flags = _flags(layout, scratch, channel, phase).values()
     shown = board.device_address(channel)
-    # Between the two waits, the kernel itself announces the second one.
-    entered = [_write(shown, phase)] if phase == Phase.FULL else []
+    # The kernel before the last wait announces that one itself.
+    entered = [] if phase == Phase.DONE else [_write(shown, phase)]
     left = [_write(shown, 0)] if phase == Phase.DONE else []
     return [
-        *(_write(theirs, 1) for theirs, _ in flags),
         *entered,
         *(_wait(mine, 1) for _, mine in flags),
         *(_write(mine, 0) for _, mine in flags),
         *left,
     ]
+
+
+def _enqueue(stream: int, batch: list[Any]) -> None:
+    driver.call("cuStreamBatchMemOp", stream, len(batch), batch, 0)
 
 
 def _write(address: int, value: int) -> Any:
@@ -127,12 +158,19 @@ def _wait(address: int, value: int) -> Any:
 
 
 def _params(
-    layout: Layout, scratch: Region, deadline_s: float, channel: Channel, phase: Phase
+    layout: Layout,
+    scratch: Region,
+    deadline_s: float,
+    channel: Channel,
+    phase: Phase,
+    *,
+    tells: bool,
+    waits: bool,
 ) -> Params:
     params = Params(
         deadline_ns=int(deadline_s * 1e9), rank=scratch.rank, channel=channel, phase=phase
     )
     for peer, (theirs, mine) in _flags(layout, scratch, channel, phase).items():
-        params.theirs[peer] = theirs
-        params.mine[peer] = mine
+        params.theirs[peer] = theirs if tells else 0
+        params.mine[peer] = mine if waits else 0
     return params

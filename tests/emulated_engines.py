@@ -3,7 +3,7 @@
 import torch
 
 from sglang_tokenweave.copy_engine import CopyEngine
-from sglang_tokenweave.copy_plan import Layout, Region
+from sglang_tokenweave.copy_plan import Channel, Layout, Region
 from sglang_tokenweave.kernels import FP8
 from sglang_tokenweave.transport import Slot, SymmetricBuffer
 
@@ -49,7 +49,7 @@ class EmulatedEngines:
 
     def flags(self):
         """Return the sum of all flags: zero between ops."""
-        num_bytes = 2 * 2 * 8 * self.layout.world_size
+        num_bytes = self.layout.count(Channel.IN_LINE)  # flags come first
         return sum(int(scratch[:num_bytes].sum()) for scratch in self._scratch)
 
     def close(self):

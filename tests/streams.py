@@ -74,6 +74,17 @@ class Program:
 
     streams: dict[int, list[Step]] = field(default_factory=dict)
 
+    def before(self, stream: int, position: int) -> list[Step]:
+        """Return the steps that come before a position of a stream in every order."""
+        reached: dict[int, int] = {}
+        asked = [After(stream, position)]
+        while asked:
+            each = asked.pop()
+            steps = self.streams[each.stream][reached.get(each.stream, 0) : each.position]
+            asked += [step for step in steps if isinstance(step, After)]
+            reached[each.stream] = max(reached.get(each.stream, 0), each.position)
+        return [step for each, end in reached.items() for step in self.streams[each][:end]]
+
     def replace(self, drops: Callable[[Step], bool]) -> "Program":
         """Return a program in which some steps do nothing."""
         return Program(
@@ -218,9 +229,11 @@ class Recorder:
         begun = After(stream, len(self.program.streams[stream]))
         ended = []
         for theirs, mine in zip(params.theirs, params.mine, strict=True):
-            if theirs:
+            if theirs or mine:
                 lane = next(self._handles)
-                steps = [begun, Write(theirs, 1), Wait(mine, 1), Write(mine, 0)]
+                told = [Write(theirs, 1)] if theirs else []
+                waited = [Wait(mine, 1), Write(mine, 0)] if mine else []
+                steps = [begun, *told, *waited]
                 self.program.streams[lane] = steps
                 ended.append(After(lane, len(steps)))
         return self._enqueued(stream, *ended)
@@ -264,7 +277,7 @@ def add(step):
     names = step.expression.removeprefix("add_rmsnorm<").split(", ")
     dtype, is_fp8, num_ranks = _DTYPES[names[0]], names[1] == "true", int(names[2])
     assert step.num_blocks == max(p.num_rows, 1)
-    word_at(p.count).value += 1
+    word_at(p.count).value += p.num_ops
     if p.watched:
         word_at(p.watched + 4).value = word_at(p.count).value
         word_at(p.watched).value = p.next_phase

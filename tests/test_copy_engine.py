@@ -13,7 +13,7 @@ from streams import Copy, Recorder, Run, Stuck, Wait
 from sglang_tokenweave import copy_engine, driver, watchdog
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.copy_engine import MAX_LANES, CopyEngine
-from sglang_tokenweave.copy_plan import Channel, Layout, Region
+from sglang_tokenweave.copy_plan import CUT_BYTES, Channel, Layout, Region
 from sglang_tokenweave.transport import SymmetricBuffer
 
 
@@ -42,6 +42,7 @@ PROGRAMS = {
     "elsewhere": [Op(0, 15, output="rows"), Op(30, 9, beside=True, output="rows")],
     "quantised": [Op(0, 21, output="fp8"), Op(21, 40, beside=True, output="fp8")],
 }
+ROW_BYTES = 16 * 2
 POISONED = slice(61, 64)  # rows that no op may touch, apart from "woven"
 
 
@@ -139,13 +140,15 @@ def enqueue_program(ranks, ops):
     [*((size, "memory_ops") for size in (2, 4, 6, 8)), (2, "kernels"), (4, "kernels")],
 )
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_random_orders_agree_with_float64(cluster, world_size, name, flags):
+@pytest.mark.parametrize("cut_bytes", [CUT_BYTES, 4 * ROW_BYTES], ids=["whole", "in two"])
+def test_random_orders_agree_with_float64(cluster, world_size, name, flags, cut_bytes):
+    """What sends four rows or more is cut in two, if anything is: one program has both kinds."""
     ranks = cluster(world_size)
     enqueue = enqueue_program(ranks, PROGRAMS[name])
-    programs = ranks.on_each_rank(enqueue, flags=flags, can_write_fp8=True)
+    programs = ranks.on_each_rank(enqueue, flags=flags, can_write_fp8=True, cut_bytes=cut_bytes)
     for seed, late_rank in enumerate((None, 0, world_size - 1)):
         for scratch in ranks.scratch:
-            assert not scratch[: 2 * 2 * 8 * world_size].any()  # all flags are cleared
+            assert not scratch[: ranks.layout.count(Channel.IN_LINE)].any()  # flags are cleared
         ranks.results.clear()
         ranks.num_checks = 0
         Run(programs, seed, late_rank).replay(3)
@@ -161,9 +164,16 @@ def test_random_orders_agree_with_float64(cluster, world_size, name, flags):
             assert engine._board.shown() == {ch: (0, num) for ch, num in num_ops.items()}
 
 
+@pytest.mark.parametrize(
+    ("options", "phase"),
+    [({}, "FULL"), ({"cut_bytes": 0}, "PART")],
+    ids=["whole", "in two"],
+)
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("dead_after", [0, 1])
-def test_ranks_that_wait_for_a_dead_one_end(cluster, monkeypatch, capfd, beside, dead_after):
+def test_ranks_that_wait_for_a_dead_one_end(
+    cluster, monkeypatch, capfd, beside, dead_after, options, phase
+):
     """What streams show and the watchdog reads, up to the end of the process."""
     ended = []
     monkeypatch.setattr(watchdog.os, "abort", lambda: ended.append(1))
@@ -175,7 +185,7 @@ def test_ranks_that_wait_for_a_dead_one_end(cluster, monkeypatch, capfd, beside,
         for _ in range(dead_after + (rank != 1)):
             engine.allreduce_rmsnorm(slot, None, weight, EPS, beside=beside).wait()
 
-    programs = ranks.on_each_rank(enqueue, deadline_s=0.5)
+    programs = ranks.on_each_rank(enqueue, deadline_s=0.5, **options)
     with pytest.raises(Stuck):
         Run(programs, seed=0).replay(1)
     until = time.monotonic() + 20
@@ -187,7 +197,7 @@ def test_ranks_that_wait_for_a_dead_one_end(cluster, monkeypatch, capfd, beside,
     for rank, message in zip((0, 2), messages, strict=True):
         assert message.startswith(f"tokenweave: rank {rank} (process ")
         assert (
-            f"channel {name}, op {dead_after}: a stream has waited 0.5 s for flags FULL: "
+            f"channel {name}, op {dead_after}: a stream has waited 0.5 s for flags {phase}: "
             "rank 1's: expected 1, seen 0; those ranks hang"
         ) in message
 

@@ -17,6 +17,7 @@ from gpus import COUNT, RANKS
 
 EPS = 1e-5
 CAPACITY = 1031
+CUT_BYTES = 2**20  # so that large ops here are in two pieces, and small ones in one
 MODES = ("memory_ops", "kernels")
 WORLDS = (2, 4, 8)
 # hidden, dtype
@@ -135,7 +136,8 @@ def emulated_case(ranks, case, late=None):
 
 def options_of(world_size, flags):
     # Fewer streams for 8 ranks on one GPU: theirs are 8 times as many as a rank has by itself.
-    return {"flags": flags, "max_lanes": 4 if world_size < 8 else 2, "deadline_s": 20.0}
+    max_lanes = 4 if world_size < 8 else 2
+    return {"flags": flags, "max_lanes": max_lanes, "deadline_s": 20.0, "cut_bytes": CUT_BYTES}
 
 
 def emulate_cases(_rank, world_size, flags):
@@ -284,7 +286,7 @@ def test_a_rank_that_waits_for_a_dead_one_ends_with_a_message(flags):
         assert "channel BESIDE, op 0: a stream has waited 2 s for flags FULL: rank 1's" in said
     else:
         assert done.returncode != 0
-        assert "rank 0, channel 1 waited 2000 ms for rank 1's flag of phase 1" in said
+        assert "rank 0, channel 1 waited 2000 ms for rank 1's flag of phase 2" in said
 
 
 # Real GPUs.
@@ -302,7 +304,8 @@ def real_engine(rank, capacity, hidden, dtype, flags):
     x = memory.bytes[:num_bytes].view(dtype).view(capacity, hidden)
     layout = Layout(RANKS, capacity, hidden, dtype)
     region = Region(rank, tuple(memory.addresses), num_bytes)
-    engine = CopyEngine.create(group, device, layout, [region], flags=flags, deadline_s=20.0)
+    options = {"flags": flags, "deadline_s": 20.0, "cut_bytes": CUT_BYTES}
+    engine = CopyEngine.create(group, device, layout, [region], **options)
     return engine, x, memory
 
 

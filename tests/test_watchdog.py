@@ -130,10 +130,11 @@ from sglang_tokenweave import driver
 from streams import Recorder
 recorder = Recorder()
 driver.bindings = lambda: recorder
+from sglang_tokenweave.copy_plan import Phase
 from sglang_tokenweave.watchdog import Board, Watchdog
 faulthandler.enable()
 board = Board()
-ctypes.c_uint32.from_address(board.device_address(0)).value = 1
+ctypes.c_uint32.from_address(board.device_address(0)).value = Phase.FULL
 Watchdog(0, board, lambda *_: {1: 0}, deadline_s=0.2)
 time.sleep(60)
 """

@@ -82,7 +82,10 @@ int main() {
     p.weight_offset = c.weight_offset;
     p.num_rows = c.num_rows;
     p.hidden = c.hidden;
-    for (u32 i = 0; i < c.num_launches; ++i) run_grid({variant, p}, c.seed + 1000 * i);
+    for (u32 i = 0; i < c.num_launches; ++i) {
+        p.num_ops = i % 2;  // two pieces an op
+        run_grid({variant, p}, c.seed + 1000 * i);
+    }
 
     for (const std::vector<Vec>& part : parts) write(part);
     write(residual);
