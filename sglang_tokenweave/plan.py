@@ -30,8 +30,9 @@ class Kind(StrEnum):
     WEAVE = "weave"  # the fused op of one half beside the computation of the other
 
 
-# Larger batches take longer by one exchange of everything than by two of shares.
-MOST_ONE_SHOT_TOKENS = 256
+# Staging takes three times the rows of all ranks, and with more than two ranks larger batches take
+# longer by one exchange of everything than by two of shares.
+MOST_ONE_SHOT_TOKENS = 512
 
 
 @dataclass(frozen=True)

@@ -132,15 +132,15 @@ def test_a_batch_that_cannot_be_cut_is_fused_if_the_table_fuses_at_that_size():
 def test_a_one_shot_op_takes_few_tokens_whoever_plans():
     table = PlanTable((PlanRow(Mode.PREFILL, 1, Kind.FUSE),))
     for plan in (
-        plan_batch(prefill(256), table, LAYER, 132),
-        plan_unsplit(Mode.PREFILL, 256, table),
+        plan_batch(prefill(512), table, LAYER, 132),
+        plan_unsplit(Mode.PREFILL, 512, table),
     ):
         assert plan == Plan(Kind.FUSE)
         assert plan.is_one_shot
-    reason = "more than the 256 tokens of a one-shot op"
+    reason = "more than the 512 tokens of a one-shot op"
     for plan in (
-        plan_batch(prefill(257), table, LAYER, 132),
-        plan_unsplit(Mode.PREFILL, 257, table),
+        plan_batch(prefill(513), table, LAYER, 132),
+        plan_unsplit(Mode.PREFILL, 513, table),
     ):
         assert plan == Plan(Kind.OFF, reason=reason)
         assert not plan.is_one_shot

@@ -194,10 +194,10 @@ def test_the_one_shot_op_is_tried_on_few_tokens():
     with_it = replace(SPACE, has_one_shot=True)
     for mode in (Mode.PREFILL, Mode.DECODE):
         tried = [
-            [each for each in with_it.candidates(mode, n) if each.is_one_shot] for n in (1, 256)
+            [each for each in with_it.candidates(mode, n) if each.is_one_shot] for n in (1, 512)
         ]
         assert tried == 2 * [[Candidate(Kind.FUSE)]]
-        assert not any(each.is_one_shot for each in with_it.candidates(mode, 257))
+        assert not any(each.is_one_shot for each in with_it.candidates(mode, 513))
         assert not any(each.is_one_shot for each in SPACE.candidates(mode, 1))
 
 

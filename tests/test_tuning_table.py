@@ -316,13 +316,13 @@ def test_copy_engines_are_told_by_zero_ctas_and_need_the_transport_peer():
 def test_the_one_shot_op_is_told_by_zero_ctas_and_takes_few_tokens():
     one_shot = Candidate(Kind.FUSE)
     measured = tuple(Measurement(each, 50.0, 1.0, 15) for each in (OFF, one_shot))
-    found = table(Bucket(Mode.DECODE, 256, one_shot, measured))
+    found = table(Bucket(Mode.DECODE, 512, one_shot, measured))
     assert "chosen: {kind: fuse, fuse_ctas: 0}" in to_text(found)
     assert from_text(to_text(found)) == found
     assert plan_table(found).needs_one_shot
     assert not plan_table(table(bucket(64, FUSE))).needs_one_shot
-    with pytest.raises(ValueError, match="which is the one-shot op; it takes at most 256 tokens"):
-        Bucket(Mode.DECODE, 257, one_shot, measured)
+    with pytest.raises(ValueError, match="which is the one-shot op; it takes at most 512 tokens"):
+        Bucket(Mode.DECODE, 513, one_shot, measured)
 
 
 def test_what_two_gpus_measured_bears_out_the_search_and_the_cut():
