@@ -2,7 +2,7 @@
 
 Each rank copies its partial rows to their owners' staging and says so (FULL); an owner that has
 them all adds and normalises its rows in a short kernel, copies the result to all ranks and says so
-(DONE). Large ones are cut in two: the first piece is normalised while the second one travels, and
+(DONE). Large shares are cut in two: the first piece is normalised while the second one travels, and
 the second one while the first one's result does. Everything can be captured in a CUDA graph.
 """
 
@@ -75,7 +75,7 @@ class CopyEngine:
             can_write_fp8: whether results may be FP8.
             max_lanes: streams that copy at once, for each of the two channels.
             deadline_s: of each wait; then this process ends.
-            cut_bytes: sent by a rank, from which on they are sent in two pieces.
+            cut_bytes: of a rank's share of the rows, from which on it is moved in two pieces.
 
         Raises:
             ValueError: the kernel does not serve this layout, memory is not as described, or an

@@ -8,8 +8,8 @@ import torch
 
 _FLAG_BYTES = 8  # as the kernel writes them; a stream writes the lower half
 _ALIGNMENT = 512
-# Where a rank sends so many bytes, it does it in two pieces: the first one is normalised while the
-# second one travels. For fewer, that gains less than what more copies and flags take: 12 us.
+# A share of so many bytes is moved in two pieces: the first one is normalised while the second one
+# travels. With less, that gains less than what more copies and flags take: 12 us on two GPUs.
 CUT_BYTES = 16 * 2**20
 
 
@@ -144,8 +144,8 @@ def make_plan(
     """
     rank, share = scratch.rank, -(-num_tokens // layout.world_size)
     peers = peers_of(rank, layout.world_size)
-    sent_bytes = len(peers) * share * x.row_bytes
-    phases = [Phase.FULL] if sent_bytes < cut_bytes else [Phase.PART, Phase.FULL]
+    is_whole = share * x.row_bytes < cut_bytes
+    phases = [Phase.FULL] if is_whole else [Phase.PART, Phase.FULL]
 
     def rows_of(owner: int, index: int) -> range:
         """Return an owner's rows of a piece, counted from the first one of its share."""

@@ -142,7 +142,7 @@ def enqueue_program(ranks, ops):
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("cut_bytes", [CUT_BYTES, 4 * ROW_BYTES], ids=["whole", "in two"])
 def test_random_orders_agree_with_float64(cluster, world_size, name, flags, cut_bytes):
-    """What sends four rows or more is cut in two, if anything is: one program has both kinds."""
+    """Shares of four rows or more are cut in two, if any are: one program has both kinds."""
     ranks = cluster(world_size)
     enqueue = enqueue_program(ranks, PROGRAMS[name])
     programs = ranks.on_each_rank(enqueue, flags=flags, can_write_fp8=True, cut_bytes=cut_bytes)
