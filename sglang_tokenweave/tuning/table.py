@@ -1,5 +1,6 @@
 """The tuned table: what was measured for each mode and batch size, and what was chosen there."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -232,10 +233,7 @@ class Table:
 def choose(measured: Sequence[Measurement]) -> Candidate:
     """Return the fastest candidate that beat OFF by more than the noise, or OFF.
 
-    Only those count that ran in as many rounds as OFF, and OFF in five at least. The noise is the
-    larger of 1.5 % of OFF's time and both spreads together. With a normal error and nine rounds the
-    two spreads are 2.3 standard errors of the difference of two medians, so a candidate that gains
-    nothing passes once in a hundred times; the 1.5 % comes on top.
+    Only those count that ran in as many rounds as OFF, and OFF in five at least.
     """
     off = next(each for each in measured if each.candidate == OFF)
     rivals = [each for each in measured if each.rounds >= max(off.rounds, LEAST_ROUNDS)]
@@ -244,5 +242,12 @@ def choose(measured: Sequence[Measurement]) -> Candidate:
 
 
 def noise_us(off: Measurement, other: Measurement) -> float:
-    """Return by how much `other` must beat OFF to count as faster."""
-    return max(NOISE * off.us, off.spread_us + other.spread_us)
+    """Return by how much `other` must beat OFF to count as faster.
+
+    That is 1.5 % of OFF's time, or 2.3 standard errors of the difference of the two medians, if
+    that is more. With a normal error that is what both spreads are together after nine rounds; so
+    a candidate that gains nothing passes two or three times in a hundred, the spreads being
+    estimates themselves. Then it does no harm.
+    """
+    standard_errors = (off.spread_us + other.spread_us) * math.sqrt(9 / off.rounds)
+    return max(NOISE * off.us, standard_errors)
