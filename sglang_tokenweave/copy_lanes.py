@@ -27,8 +27,8 @@ class CopyLanes:
     def copy(self, stream: Any, lanes: Lanes) -> None:
         """Copy on all lanes; `stream` goes on when all have arrived.
 
-        So no lane is ever behind a wait for flags: where streams share a channel of the hardware,
-        such a wait would hold up the very copies that the peers wait for.
+        So whatever waits for flags behind them holds up none of them, where streams share a channel
+        of the hardware: they are what the peers wait for.
         """
         side = list(zip(self.streams, self.joins, lanes[1:], strict=False))
         if side:
