@@ -99,7 +99,7 @@ class CopyEngine:
         self._plan = lru_cache(maxsize=_PLANS)(self._make_plan)
         with ExitStack() as stack:
             self._board = _board(stack) if flags == "memory_ops" else None
-            self._flags: Flags
+            self._flags: Flags[Any]
             if self._board:
                 self._flags = MemoryOpFlags(layout, scratch, self._board)
                 _watch(stack, layout, scratch, self._board, deadline_s)
@@ -277,9 +277,10 @@ class CopyEngine:
         weight_offset: float,
     ) -> add_rmsnorm.Params:
         own = self._scratch.addresses[self.rank]
+        before_bytes = piece.start * self._layout.row_bytes
         return add_rmsnorm.Params(
             parts=piece.parts,
-            residual=0 if residual is None else residual[piece.start :].data_ptr(),
+            residual=0 if residual is None else residual.data_ptr() + before_bytes,
             weight=weight.data_ptr(),
             out=piece.outputs[0],
             scales=piece.outputs[1] if len(piece.outputs) > 1 else 0,

@@ -136,7 +136,7 @@ def make_plan(
     x: Rows,
     outputs: tuple[Rows, ...],
     num_lanes: int,
-    cut_bytes: int = CUT_BYTES,
+    cut_bytes: int,
 ) -> tuple[Piece, ...]:
     """Plan an op on `x`, in one piece or two, as the scratch memory's own rank.
 

@@ -5,7 +5,10 @@ can be replayed. No flag says that staging is free: a peer's next op follows its
 """
 
 import ctypes
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -16,44 +19,50 @@ from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.watchdog import Board
 
 _WARP = 32
+_KEYS = tuple((channel, phase) for channel in Channel for phase in Phase)
+
+Work = TypeVar("Work")  # what a stream is given
 
 
-class Flags(Protocol):
+class Flags(ABC, Generic[Work]):
     """Exchanges flags on a stream."""
+
+    def __init__(self, make: Callable[[Channel, Phase, bool, bool], Work]) -> None:
+        """Prepare all that is ever enqueued: `make` is told whether it tells, and if it waits."""
+        self._tell = {key: make(*key, True, False) for key in _KEYS}
+        self._wait = {key: make(*key, False, True) for key in _KEYS}
+        self._both = {key: make(*key, True, True) for key in _KEYS}
 
     def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
         """Set this rank's flag at every peer."""
+        self._enqueue(stream, self._tell[channel, phase])
 
     def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
         """Wait for the peers' flags here, and clear them."""
+        self._enqueue(stream, self._wait[channel, phase])
 
     def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
         """Do both, which takes no longer than one."""
+        self._enqueue(stream, self._both[channel, phase])
+
+    @abstractmethod
+    def _enqueue(self, stream: int, work: Work) -> None: ...
 
 
-class MemoryOpFlags:
+class MemoryOpFlags(Flags[list[Any]]):
     """Flags by stream memory operations: no SM is busy while a rank waits, nor is there a deadline.
 
     So each wait is on a `Board`, which a watchdog looks at.
     """
 
     def __init__(self, layout: Layout, scratch: Region, board: Board) -> None:
-        each = [(channel, phase) for channel in Channel for phase in Phase]
-        self._tell = {key: _tell(layout, scratch, *key) for key in each}
-        self._wait = {key: _wait_for(layout, scratch, board, *key) for key in each}
-        self._both = {key: self._tell[key] + self._wait[key] for key in each}
+        super().__init__(partial(_batch, layout, scratch, board))
 
-    def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
-        _enqueue(stream, self._tell[channel, phase])
-
-    def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
-        _enqueue(stream, self._wait[channel, phase])
-
-    def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
-        _enqueue(stream, self._both[channel, phase])
+    def _enqueue(self, stream: int, work: list[Any]) -> None:
+        driver.call("cuStreamBatchMemOp", stream, len(work), work, 0)
 
 
-class KernelFlags:
+class KernelFlags(Flags["Params"]):
     """Flags by a kernel of one warp, which has a deadline of its own."""
 
     def __init__(
@@ -61,28 +70,10 @@ class KernelFlags:
     ) -> None:
         expression = f"exchange_flags<{_WARP}>"
         self._kernel = load_kernel("exchange_flags.cu", expression, device, num_threads=_WARP)
+        super().__init__(partial(_params, layout, scratch, deadline_s))
 
-        def params(*, tells: bool, waits: bool) -> dict[tuple[Channel, Phase], Params]:
-            return {
-                (channel, phase): _params(
-                    layout, scratch, deadline_s, channel, phase, tells=tells, waits=waits
-                )
-                for channel in Channel
-                for phase in Phase
-            }
-
-        self._tell = params(tells=True, waits=False)
-        self._wait = params(tells=False, waits=True)
-        self._both = params(tells=True, waits=True)
-
-    def tell(self, stream: int, channel: Channel, phase: Phase) -> None:
-        add_rmsnorm.launch(self._kernel, stream, 1, self._tell[channel, phase])
-
-    def wait(self, stream: int, channel: Channel, phase: Phase) -> None:
-        add_rmsnorm.launch(self._kernel, stream, 1, self._wait[channel, phase])
-
-    def exchange(self, stream: int, channel: Channel, phase: Phase) -> None:
-        add_rmsnorm.launch(self._kernel, stream, 1, self._both[channel, phase])
+    def _enqueue(self, stream: int, work: "Params") -> None:
+        add_rmsnorm.launch(self._kernel, stream, 1, work)
 
 
 class Params(ctypes.Structure):
@@ -112,28 +103,30 @@ def _flags(
     }
 
 
-def _tell(layout: Layout, scratch: Region, channel: Channel, phase: Phase) -> list[Any]:
-    return [_write(theirs, 1) for theirs, _ in _flags(layout, scratch, channel, phase).values()]
-
-
-def _wait_for(
-    layout: Layout, scratch: Region, board: Board, channel: Channel, phase: Phase
+def _batch(
+    layout: Layout,
+    scratch: Region,
+    board: Board,
+    channel: Channel,
+    phase: Phase,
+    tells: bool,
+    waits: bool,
 ) -> list[Any]:
     flags = _flags(layout, scratch, channel, phase).values()
+    told = [_write(theirs, 1) for theirs, _ in flags] if tells else []
+    if not waits:
+        return told
     shown = board.device_address(channel)
     # The kernel before the last wait announces that one itself.
     entered = [] if phase == Phase.DONE else [_write(shown, phase)]
     left = [_write(shown, 0)] if phase == Phase.DONE else []
     return [
+        *told,
         *entered,
         *(_wait(mine, 1) for _, mine in flags),
         *(_write(mine, 0) for _, mine in flags),
         *left,
     ]
-
-
-def _enqueue(stream: int, batch: list[Any]) -> None:
-    driver.call("cuStreamBatchMemOp", stream, len(batch), batch, 0)
 
 
 def _write(address: int, value: int) -> Any:
@@ -163,7 +156,6 @@ def _params(
     deadline_s: float,
     channel: Channel,
     phase: Phase,
-    *,
     tells: bool,
     waits: bool,
 ) -> Params:

@@ -127,8 +127,7 @@ def test_every_order_finds_missing_events(cluster, world_size, beside, cut):
     ops = [(4 if cut else 3, beside)]
     ranks = cluster(world_size, hidden=8)
     explorer(ranks, ops, **cut).explore()
-    program = ranks.recorders[0].program
-    streams = program.streams
+    streams = ranks.recorders[0].program.streams
     waits = [step for steps in streams.values() for step in steps if isinstance(step, After)]
     if beside:
         # The last one joins; a replay of the model, as of a graph, ends with all of its streams.
