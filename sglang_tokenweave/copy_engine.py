@@ -188,11 +188,10 @@ class CopyEngine:
             num_blocks = max(piece.num_rows, 1)
             add_rmsnorm.launch(self._kernels[out.tensor.dtype], stream, num_blocks, parameters)
 
-        match pieces:
-            case (whole,):
-                self._move_at_once(stream, channel, whole, normalise)
-            case (first, second):
-                self._move_in_two(stream, channel, first, second, normalise)
+        if len(pieces) == 1:
+            self._move_at_once(stream, channel, pieces[0], normalise)
+        else:
+            self._move_in_pieces(stream, channel, pieces, normalise)
         self._flags.exchange(stream, channel, Phase.DONE)
 
         if not beside:
@@ -210,31 +209,28 @@ class CopyEngine:
         normalise(piece)
         lanes.copy(stream, piece.gather)
 
-    def _move_in_two(
-        self, stream: int, channel: Channel, first: Piece, second: Piece, normalise: Normalise
+    def _move_in_pieces(
+        self, stream: int, channel: Channel, pieces: Sequence[Piece], normalise: Normalise
     ) -> None:
-        """Copy aside what can travel while `stream` normalises.
+        """Copy on a stream of its own, so that `stream` waits for flags and normalises meanwhile.
 
+        A wait on a stream that has copied was seen to end only when another stream's copy did.
         No rank waits for flags of a piece before it has told its own: whatever order the hardware
         takes these streams in, the peers' waits end.
         """
         lanes, flags, aside = self._lanes[channel], self._flags, self._aside[channel]
-        lanes.copy(stream, first.scatter)
-        flags.tell(stream, channel, first.phase)
         order(aside.begun, stream, aside.stream)
-        lanes.copy(aside.stream, second.scatter)
-        flags.tell(aside.stream, channel, second.phase)
-        driver.call("cuEventRecord", aside.sent, aside.stream)
+        for piece, sent in zip(pieces, aside.sent, strict=True):
+            lanes.copy(aside.stream, piece.scatter)
+            flags.tell(aside.stream, channel, piece.phase)
+            driver.call("cuEventRecord", sent, aside.stream)
 
-        flags.wait(stream, channel, first.phase)
-        normalise(first)
-        order(aside.normalised, stream, aside.stream)
-        lanes.copy(aside.stream, first.gather)
-
-        driver.call("cuStreamWaitEvent", stream, aside.sent, 0)
-        flags.wait(stream, channel, second.phase)
-        normalise(second)
-        lanes.copy(stream, second.gather)
+        for piece, sent in zip(pieces, aside.sent, strict=True):
+            driver.call("cuStreamWaitEvent", stream, sent, 0)
+            flags.wait(stream, channel, piece.phase)
+            normalise(piece)
+            order(aside.normalised, stream, aside.stream)
+            lanes.copy(aside.stream, piece.gather)
         order(aside.ended, aside.stream, stream)
 
     def close(self) -> None:

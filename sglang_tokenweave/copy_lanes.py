@@ -45,18 +45,19 @@ class CopyLanes:
 
 @dataclass(frozen=True)
 class Aside:
-    """A stream for what an op copies while its own stream normalises."""
+    """A stream that copies an op's two pieces while the op's own stream normalises."""
 
     stream: Any
     begun: Any
-    sent: Any
+    sent: tuple[Any, Any]  # by piece
     normalised: Any
     ended: Any
 
     @classmethod
     def create(cls, stack: ExitStack) -> "Aside":
         """Create a stream and events; `stack` owns them."""
-        return cls(new_stream(stack), *(new_event(stack) for _ in range(4)))
+        begun, first, second, normalised, ended = (new_event(stack) for _ in range(5))
+        return cls(new_stream(stack), begun, (first, second), normalised, ended)
 
 
 def new_stream(stack: ExitStack, priority: int = 0) -> Any:
