@@ -11,12 +11,12 @@ from benchmarks.workbench import Place, Workbench
 from sglang_tokenweave import driver
 from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.copy_plan import Layout, Region
-from sglang_tokenweave.oneshot_rmsnorm import OneShotGroup
-from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
+from sglang_tokenweave.pushed_rmsnorm import Exchange, PushedGroup
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Slot, SymmetricBuffer, Transport
 
 FUSED_CTAS = (2, 4, 8, 16, 32)
+_EXCHANGES = {"push": Exchange.ONE_SHOT, "push_twice": Exchange.TWO_SHOT}
 
 
 class Ours(Variant):
@@ -99,17 +99,18 @@ class CopyEngines(Ours):
 
 
 class Push(Variant):
-    """One exchange in which every rank sends all its rows to all; the residual whole on each."""
-
-    name = "push"
+    """One exchange in which every rank sends all its rows to all, or two of shares."""
 
     def __init__(self, bench: Workbench, name: str) -> None:
+        self.name = name
         self.bench = bench
+        self._exchange = _EXCHANGES[name]
         place = bench.place
-        self._group = OneShotGroup(
+        self._group = PushedGroup(
+            self._exchange,
             place.group,
             place.device,
-            min(bench.max_tokens, MOST_ONE_SHOT_TOKENS),
+            bench.max_tokens,
             bench.hidden,
             bench.dtype,
         )
@@ -119,7 +120,16 @@ class Push(Variant):
         return None if case.tokens <= most else f"above its staging of {most} tokens"
 
     def buffers(self, case: Case, count: int) -> list[Buffer]:
-        return self.bench.split(self.bench.x, case, count, norm=True)
+        place = self.bench.place
+        owned = self._exchange.owned(case.tokens, place.rank, place.world_size)
+        return [
+            Buffer(
+                self.bench.x[start : start + case.tokens],
+                self.bench.residual[start + owned.start : start + owned.stop],
+                owned.start,
+            )
+            for start in range(0, count * case.tokens, case.tokens)
+        ]
 
     def run(self, buffer: Buffer) -> Output:
         out = self._group.op.launch(buffer.x, buffer.residual, self.bench.weight, EPS)
@@ -190,7 +200,7 @@ OURS: dict[str, Callable[[Workbench, str], Variant]] = {
     **{f"fused/{ctas}": Fused for ctas in FUSED_CTAS},
     **{f"multicast/{ctas}": Multicast for ctas in FUSED_CTAS},
     "copy_engine": CopyEngines,
-    "push": Push,
+    **dict.fromkeys(_EXCHANGES, Push),
 }
 
 

@@ -18,6 +18,7 @@ _OURS_COLORS = {
     "multicast": "#2a9d8f",
     "copy_engine": "#d1495b",
     "push": "#e6a817",
+    "push_twice": "#b5651d",
 }
 # One colour each, the same in every plot, whichever of them a file has.
 _OTHER_COLORS = {

@@ -22,7 +22,11 @@ def role(variant: str) -> Role:
         return Role.FLOOR
     if variant.startswith("read+write/"):
         return Role.LIMIT
-    if variant.startswith(("fused/", "multicast/")) or variant in ("copy_engine", "push"):
+    if variant.startswith(("fused/", "multicast/")) or variant in (
+        "copy_engine",
+        "push",
+        "push_twice",
+    ):
         return Role.OURS
     return Role.PART if variant in ("nccl", "two_shot") else Role.RIVAL
 

@@ -28,7 +28,7 @@ SHARES = ("off_share", "fuse_share", "weave_share")
 BENCHES: Mapping[str, Bench] = {
     "op": Bench(
         r"floor|nccl(\+norm)?|two_shot(\+norm)?|one_shot\+norm|sglang_v2(_raised)?\+norm"
-        r"|flashinfer(/oneshot)?|(fused|multicast|read\+write)/\d+|copy_engine|push",
+        r"|flashinfer(/oneshot)?|(fused|multicast|read\+write)/\d+|copy_engine|push(_twice)?",
         ("relative_error", "rate_gb_s"),
     ),
     "one_gpu": Bench(r"(fused|read|write|read\+write)/\d+"),

@@ -21,14 +21,18 @@ struct Row {
     float values[kVecs][kVecElements] = {};
 
     static constexpr int kWarps = kThreads / kWarpThreads;
+    static constexpr int kColumns = kVecs;
 
     __device__ __forceinline__ u32 column(int v) const { return v * kThreads + threadIdx.x; }
+
+    // The last threads may have fewer than others.
+    __device__ __forceinline__ bool has(int v) const { return column(v) < num_vecs; }
 
     // All of a source's loads are under way before the first is needed.
     __device__ __forceinline__ void load_row(Vec (&loaded)[kVecs], const Vec* source) const {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-            if (column(v) < num_vecs) loaded[v] = load(source + column(v));
+            if (has(v)) loaded[v] = load(source + column(v));
     }
 
     __device__ __forceinline__ void add_row(const Vec* source) {
@@ -41,13 +45,13 @@ struct Row {
     __device__ __forceinline__ void store_row(Vec* to) const {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-            if (column(v) < num_vecs) store(to + column(v), round_all<T>(values[v]));
+            if (has(v)) store(to + column(v), round_all<T>(values[v]));
     }
 
     __device__ __forceinline__ void store_fp8(ByteVec* to, float inverse) const {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            if (column(v) >= num_vecs) continue;
+            if (!has(v)) continue;
             float scaled[kVecElements];
 #pragma unroll
             for (int i = 0; i < kVecElements; ++i) scaled[i] = values[v][i] * inverse;

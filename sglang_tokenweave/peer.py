@@ -11,8 +11,7 @@ from sglang_tokenweave.copy_engine import CopyEngine
 from sglang_tokenweave.copy_plan import Layout, Region
 from sglang_tokenweave.fused import SIGNAL_BYTES, FusedOp, Rows
 from sglang_tokenweave.kernels import FP8, choose_variant
-from sglang_tokenweave.oneshot_rmsnorm import OneShotGroup
-from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
+from sglang_tokenweave.pushed_rmsnorm import Exchange, PushedGroup
 from sglang_tokenweave.symmetric import PeerMemory
 from sglang_tokenweave.transport import Done, Pending, Slot, StreamPending, SymmetricBuffer
 
@@ -90,7 +89,7 @@ class PeerTransport:
             is_multicast=self._is_multicast,
         )
         self._regions: list[_Region] = []
-        self._one_shot: OneShotGroup | None = None
+        self._one_shot: PushedGroup | None = None
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer and compile the kernels that its rows need; a collective call.
@@ -103,8 +102,9 @@ class PeerTransport:
             # Refuse before anything is made.
             choose_variant(dtype, self.world_size, hidden_size, is_multicast=self._is_multicast)
             if self.has_one_shot and self._one_shot is None:
-                most = min(capacity, MOST_ONE_SHOT_TOKENS)
-                self._one_shot = OneShotGroup(self._group, self._device, most, hidden_size, dtype)
+                self._one_shot = PushedGroup(
+                    Exchange.ONE_SHOT, self._group, self._device, capacity, hidden_size, dtype
+                )
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0
         rows_bytes = capacity * row_bytes

@@ -127,6 +127,7 @@ def test_every_variant_of_the_command_is_in_the_schema():
     assert {name for name in VARIANTS if roles.role(name) is Role.OURS} == {
         "copy_engine",
         "push",
+        "push_twice",
         *(f"{transport}/{ctas}" for transport in ("fused", "multicast") for ctas in CTAS),
     }
     assert {"op", "prefill", "decode", "serving"} <= set(BENCHES)

@@ -28,7 +28,7 @@ _OURS, _NCCL, _SGLANG = "tokenweave", "NCCL", "SGLang"
 _TORCH, _FLASHINFER, _UNKNOWN = "torch", "flashinfer", "unknown library"
 # The first that is found decides. Kineto gives names demangled, or mangled where it cannot.
 PATTERNS: tuple[tuple[str, Label], ...] = (
-    (r"allreduce_rmsnorm|oneshot_rmsnorm", Label(Kind.SUM, _OURS)),
+    (r"allreduce_rmsnorm|oneshot_rmsnorm|twoshot_rmsnorm", Label(Kind.SUM, _OURS)),
     (r"(?<![A-Za-z_])add_rmsnorm", Label(Kind.NORM, _OURS)),  # not fused_add_rmsnorm
     (r"(?<![A-Za-z_])exchange_flags", Label(Kind.FLAGS, _OURS)),
     (r"^nccl.*AllReduce", Label(Kind.SUM, _NCCL)),

@@ -1,4 +1,4 @@
-"""The one-shot kernel on GPUs: ranks emulated on one, and one on each; eager and in a graph."""
+"""The kernels that push rows, on GPUs: ranks emulated on one, and one on each."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from gpus import COUNT, RANKS
 from test_fused_gpu import EPS, TOLERANCES, draw, expected, relative_error
 
 from sglang_tokenweave.emulation import new_stream
-from sglang_tokenweave.oneshot_rmsnorm import EMPTY, OneShotGroup, OneShotOp, staging_bytes
+from sglang_tokenweave.pushed_rmsnorm import EMPTY, Exchange, PushedGroup, PushedOp
 
 CAPACITY = 128
 # More launches than parts of the staging, small ones after large ones.
 ROWS = (1, 128, 3, 64, 2, 17, 128, 1)
-# Emulated ranks wait for each other on one GPU, so all their blocks, one a row, have to run at
-# once. Each SM of an H100 or H200 holds at least one.
+# Emulated ranks wait for each other on one GPU, so all their blocks, one a row at most, have to run
+# at once. Each SM of an H100 or H200 holds at least one.
 MOST_BLOCKS = 132
 SHAPES = [
     (2, 8192, torch.bfloat16),
@@ -34,15 +34,17 @@ needs_two_gpus = pytest.mark.skipif(COUNT < 2, reason="needs two CUDA devices")
 class Ranks:
     """Several ranks on one GPU, each with staging and a stream of its own."""
 
-    def __init__(self, world_size, hidden, dtype, deadline_s=30.0):
-        num_bytes = staging_bytes(CAPACITY, world_size, hidden)
+    def __init__(self, exchange, world_size, hidden, dtype, deadline_s=30.0):
+        self.exchange = exchange
+        num_bytes = exchange.staging_bytes(CAPACITY, world_size, hidden)
         shape = (num_bytes // 2,)
         self.staging = [
             torch.full(shape, EMPTY, dtype=torch.int16, device="cuda") for _ in range(world_size)
         ]
         self.streams = [new_stream() for _ in range(world_size)]
         self.ops = [
-            OneShotOp(
+            PushedOp(
+                exchange,
                 rank,
                 torch.device("cuda", torch.cuda.current_device()),
                 [each.data_ptr() for each in self.staging],
@@ -53,6 +55,10 @@ class Ranks:
             )
             for rank in range(world_size)
         ]
+
+    def owned(self, rows, rank):
+        found = self.exchange.owned(rows, rank, len(self.ops))
+        return slice(found.start, found.stop)
 
     def launch(self, partials, residuals, weight, outs, offset=0.0):
         for stream in self.streams:
@@ -71,16 +77,21 @@ class Ranks:
             torch.cuda.current_stream().wait_stream(stream)
 
 
+exchanges = pytest.mark.parametrize("exchange", Exchange)
+
+
+@exchanges
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64_and_all_ranks_hold_the_same_bits(shape):
+def test_matches_float64_and_all_ranks_hold_the_same_bits(shape, exchange):
     world_size, hidden, dtype = shape
-    ranks = Ranks(world_size, hidden, dtype)
+    ranks = Ranks(exchange, world_size, hidden, dtype)
     for number, most in enumerate(ROWS):
         rows = min(most, MOST_BLOCKS // world_size)
         partials, residual, weight = draw(world_size, rows, hidden, dtype, number)
         partials[..., ::7] = -0.0  # what empty staging holds
         residual = None if number == 3 else residual
-        residuals = [None if residual is None else residual.clone() for _ in range(world_size)]
+        owned = [ranks.owned(rows, rank) for rank in range(world_size)]
+        residuals = [None if residual is None else residual[each].clone() for each in owned]
         outs = [torch.full_like(part, float("nan")) for part in partials]
         ranks.launch(list(partials), residuals, weight, outs, offset=float(number % 2))
         torch.cuda.synchronize()
@@ -88,15 +99,17 @@ def test_matches_float64_and_all_ranks_hold_the_same_bits(shape):
         for rank in range(world_size):
             assert relative_error(outs[rank], result) <= TOLERANCES[dtype]
             assert torch.equal(outs[rank], outs[0])
-            if residual is not None:
-                assert relative_error(residuals[rank], total) <= TOLERANCES[dtype]
-                assert torch.equal(residuals[rank], residuals[0])
+            if residual is not None and len(residuals[rank]):
+                assert relative_error(residuals[rank], total[owned[rank]]) <= TOLERANCES[dtype]
+                assert exchange is Exchange.TWO_SHOT or torch.equal(residuals[rank], residuals[0])
 
 
-def test_a_graph_is_replayed_with_fresh_data():
-    ranks = Ranks(2, 4096, torch.bfloat16)
+@exchanges
+def test_a_graph_is_replayed_with_fresh_data(exchange):
+    ranks = Ranks(exchange, 2, 4096, torch.bfloat16)
     partials, residual, weight = draw(2, 32, 4096, torch.bfloat16)
-    residuals = [residual.clone() for _ in range(2)]
+    owned = [ranks.owned(32, rank) for rank in range(2)]
+    residuals = [residual[each].clone() for each in owned]
     outs = [torch.empty_like(part) for part in partials]
     ranks.launch(list(partials), residuals, weight, outs)
     graph = torch.cuda.CUDAGraph()
@@ -106,8 +119,8 @@ def test_a_graph_is_replayed_with_fresh_data():
     for number in range(REPLAYS):
         fresh, start, _ = draw(2, 32, 4096, torch.bfloat16, number)
         partials.copy_(fresh)
-        for each in residuals:
-            each.copy_(start)
+        for each, rows in zip(residuals, owned, strict=True):
+            each.copy_(start[rows])
         graph.replay()
         torch.cuda.synchronize()
         _, once = expected(fresh, start, weight)
@@ -125,7 +138,7 @@ def test_a_graph_is_replayed_with_fresh_data():
     ],
 )
 def test_other_tensors_are_refused(wrong, message):
-    ranks = Ranks(2, 4096, torch.bfloat16)
+    ranks = Ranks(Exchange.ONE_SHOT, 2, 4096, torch.bfloat16)
     given = {"rows": 4, "hidden": 4096, "dtype": torch.bfloat16} | wrong
     x = torch.zeros(given["rows"], given["hidden"], dtype=given["dtype"], device="cuda")
     weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
@@ -133,12 +146,13 @@ def test_other_tensors_are_refused(wrong, message):
         ranks.ops[0].launch(x, None, weight, EPS)
 
 
-def _between_processes(rank):
+def _between_processes(rank, exchange):
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     found = []
     for hidden, dtype in ((8192, torch.bfloat16), (4096, torch.float16)):
-        group = OneShotGroup(torch.distributed.group.WORLD, device, CAPACITY, hidden, dtype)
+        world = torch.distributed.group.WORLD
+        group = PushedGroup(exchange, world, device, CAPACITY, hidden, dtype)
         for number, rows in enumerate(ROWS):
             generator = torch.Generator().manual_seed(number)
             shapes = (RANKS, rows, hidden), (rows, hidden), (hidden,)
@@ -146,8 +160,11 @@ def _between_processes(rank):
                 torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes
             )
             result, total = expected(partials, residual, weight)
+            owned = exchange.owned(rows, rank, RANKS)
+            residual, total = (each[owned.start : owned.stop] for each in (residual, total))
             out = group.op.launch(partials[rank], residual, weight, EPS)
-            errors = relative_error(out, result), relative_error(residual, total)
+            kept = relative_error(residual, total) if len(owned) else 0.0
+            errors = relative_error(out, result), kept
             found.append((*errors, TOLERANCES[dtype], out.cpu()))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -156,6 +173,7 @@ def _between_processes(rank):
             residual.zero_()
             graph.replay()
         result, total = expected(partials, None, weight)
+        total = total[owned.start : owned.stop]
         errors = relative_error(out, result), relative_error(residual, total)
         found.append((*errors, TOLERANCES[dtype], out.cpu()))
         group.close()
@@ -164,8 +182,9 @@ def _between_processes(rank):
 
 @pytest.mark.multi_gpu
 @needs_two_gpus
-def test_gpus_match_float64_and_hold_the_same_bits():
-    for answers in zip(*run_ranks(_between_processes, RANKS), strict=True):
+@exchanges
+def test_gpus_match_float64_and_hold_the_same_bits(exchange):
+    for answers in zip(*run_ranks(_between_processes, RANKS, exchange), strict=True):
         for error, kept, allowed, out in answers:
             assert error <= allowed
             assert kept <= allowed

@@ -1,17 +1,24 @@
-// Runs launches of oneshot_rmsnorm on all ranks: a case from stdin, what they leave to stdout.
+// Runs launches of oneshot_rmsnorm or twoshot_rmsnorm on all ranks: a case from stdin, what they
+// leave to stdout.
 //
 // Each rank is a std::thread that launches one after another, without waiting for anybody else; so
-// are the blocks of a launch, which start in order. The build puts this folder, the kernel's files
-// and variants.inc (one line an instantiation) together.
-#include "oneshot_rmsnorm.cu"
-
+// are the blocks of a launch, which start in order. The build puts this folder, the
+// kernel's files and variants.inc (one line an instantiation) together.
 #include <vector>
+
+#include "oneshot_rmsnorm.cu"
+#include "twoshot_rmsnorm.cu"
 
 namespace {
 
 struct Variant {
     void (*kernel)(Params);
     u32 num_threads, num_ranks;
+    bool is_two_shot;
+
+    u32 num_slots(u32 num_rows) const {
+        return is_two_shot ? (num_rows + num_ranks - 1) / num_ranks : num_rows;
+    }
 };
 const Variant kVariants[] = {
 #include "variants.inc"
@@ -52,7 +59,7 @@ bool run_block(const Launch& launch, u32 block, u32 num_blocks, u32 seed) {
 
 // Some threads take the blocks in order, as a GPU's SMs do.
 bool run_grid(const Launch& launch, u32 seed) {
-    u32 num_blocks = launch.params.num_rows;
+    u32 num_blocks = launch.variant.num_slots(launch.params.num_rows);
     std::atomic<u32> next = 0;
     std::atomic<bool> is_complete = true;
     std::vector<std::thread> workers;
@@ -66,7 +73,8 @@ bool run_grid(const Launch& launch, u32 seed) {
 }
 
 void run_rank(u32 rank) {
-    u32 num_ranks = kVariants[c.variant].num_ranks, row_vecs = c.hidden / kVecElements;
+    const Variant& variant = kVariants[c.variant];
+    u32 num_ranks = variant.num_ranks, row_vecs = c.hidden / kVecElements;
     for (u32 i = 0; i < c.num_launches; ++i) {
         if (rank == c.dead_rank && i >= c.dead_from) return;
         if (rank == c.late_rank) std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -74,18 +82,19 @@ void run_rank(u32 rank) {
         Params p{};
         for (u32 peer = 0; peer < num_ranks; ++peer) p.staging[peer] = ranks[peer].staging.data();
         p.x = &x[start];
-        p.residual = c.has_residual ? &residual[start] : nullptr;
+        u32 first = variant.is_two_shot ? rank * variant.num_slots(num_rows[i]) : 0;
+        p.residual = c.has_residual ? residual.data() + start + first * row_vecs : nullptr;
         p.out = c.is_in_place ? &x[start] : &out[start];
         p.weight = weight.data();
         p.states = ranks[rank].states.data();
         p.deadline_ns = c.deadline_ms * 1'000'000ull;
         p.rank = rank;
-        p.capacity = c.capacity;
+        p.capacity = variant.num_slots(c.capacity);
         p.num_rows = num_rows[i];
         p.hidden = c.hidden;
         p.eps = c.eps;
         p.weight_offset = c.weight_offset;
-        if (!run_grid({kVariants[c.variant], p}, c.seed + 1000 * (i * num_ranks + rank))) {
+        if (!run_grid({variant, p}, c.seed + 1000 * (i * num_ranks + rank))) {
             is_trapped = true;
             return;
         }
@@ -106,7 +115,8 @@ void write(const std::vector<T>& items) {
 
 int main() {
     read(&c, 1);
-    size_t num_ranks = kVariants[c.variant].num_ranks, row_vecs = c.hidden / kVecElements;
+    const Variant& variant = kVariants[c.variant];
+    size_t num_ranks = variant.num_ranks, row_vecs = c.hidden / kVecElements;
     size_t vecs = c.num_launches * num_ranks * c.capacity * row_vecs;
     num_rows.resize(c.num_launches);
     read(num_rows.data(), num_rows.size());
@@ -119,9 +129,10 @@ int main() {
     out.assign(vecs, {{~0u, ~0u, ~0u, ~0u}});
     ranks.resize(num_ranks);
     for (Rank& rank : ranks) {
-        rank.staging.assign(kTurns * num_ranks * c.capacity * row_vecs,
+        size_t slots = variant.num_slots(c.capacity), stagings = variant.is_two_shot ? 2 : 1;
+        rank.staging.assign(stagings * kTurns * num_ranks * slots * row_vecs,
                             {{kEmpty, kEmpty, kEmpty, kEmpty}});
-        rank.states.resize(c.capacity);
+        rank.states.resize(slots);
     }
     std::vector<std::thread> threads;
     for (u32 rank = 0; rank < num_ranks; ++rank) threads.emplace_back(run_rank, rank);
