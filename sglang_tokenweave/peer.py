@@ -61,6 +61,7 @@ class PeerTransport:
         *,
         has_copy_engines: bool = False,
         has_one_shot: bool = False,
+        has_two_shot: bool = False,
     ) -> None:
         """Prepare signals; a collective call over `group`, a CPU group of one host.
 
@@ -69,6 +70,8 @@ class PeerTransport:
                 memory as large as the buffers', and a thread.
             has_one_shot: whether ops alone may; it costs three times the memory of the largest
                 such batch from every rank.
+            has_two_shot: whether ops alone with few rows go without a barrier, whatever their CTAs;
+                it costs six times the memory of the largest such batch.
 
         Raises:
             DisagreementError: on all ranks, when memory cannot be shared.
@@ -79,6 +82,7 @@ class PeerTransport:
         self._device = device
         self.has_copy_engines = has_copy_engines
         self.has_one_shot = has_one_shot
+        self._has_two_shot = has_two_shot
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -90,6 +94,7 @@ class PeerTransport:
         )
         self._regions: list[_Region] = []
         self._one_shot: PushedGroup | None = None
+        self._two_shot: PushedGroup | None = None
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer and compile the kernels that its rows need; a collective call.
@@ -101,10 +106,11 @@ class PeerTransport:
         if dtype != FP8:
             # Refuse before anything is made.
             choose_variant(dtype, self.world_size, hidden_size, is_multicast=self._is_multicast)
+            pushed = (self._group, self._device, capacity, hidden_size, dtype)
             if self.has_one_shot and self._one_shot is None:
-                self._one_shot = PushedGroup(
-                    Exchange.ONE_SHOT, self._group, self._device, capacity, hidden_size, dtype
-                )
+                self._one_shot = PushedGroup(Exchange.ONE_SHOT, *pushed)
+            if self._has_two_shot and self._two_shot is None:
+                self._two_shot = PushedGroup(Exchange.TWO_SHOT, *pushed)
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0
         rows_bytes = capacity * row_bytes
@@ -146,12 +152,12 @@ class PeerTransport:
             ValueError: a tensor is not what the kernel takes, or nothing serves this op without
                 CTAs.
         """
+        to = slot if out is None else out
         if ctas == 0 and not beside:
             if self._one_shot is None:
                 raise ValueError("ctas is 0: this transport has no one-shot op, give 2 or more")
-            to = (slot if out is None else out).tensor
             self._one_shot.op.launch(
-                slot.tensor, residual, weight, eps, out=to, weight_offset=weight_offset
+                slot.tensor, residual, weight, eps, out=to.tensor, weight_offset=weight_offset
             )
             return Done()
         region, x = self._find(slot)
@@ -161,6 +167,12 @@ class PeerTransport:
             return region.copy_engine.allreduce_rmsnorm(
                 slot, residual, weight, eps, beside=True, weight_offset=weight_offset
             )
+        two_shot = None if beside or self._two_shot is None else self._two_shot.op
+        if two_shot is not None and two_shot.takes(slot.tensor, to.tensor):
+            two_shot.launch(
+                slot.tensor, residual, weight, eps, out=to.tensor, weight_offset=weight_offset
+            )
+            return Done()
         current = torch.cuda.current_stream()
         stream = self._stream if beside else current
         if beside:
@@ -182,8 +194,9 @@ class PeerTransport:
 
     def close(self) -> None:
         """Unmap all memory; a collective call."""
-        if self._one_shot is not None:
-            self._one_shot.close()
+        for pushed in (self._one_shot, self._two_shot):
+            if pushed is not None:
+                pushed.close()
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)
         for region in self._regions:

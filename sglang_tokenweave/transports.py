@@ -97,7 +97,12 @@ def create(
         transport = ReferenceTransport.create(device, group.ranks)
     else:
         transport = _BY_KERNEL[name](
-            group.cpu_group, device, has_copy_engines=has_copy_engines, has_one_shot=has_one_shot
+            group.cpu_group,
+            device,
+            has_copy_engines=has_copy_engines,
+            has_one_shot=has_one_shot,
+            # Nobody has measured it against a switch that adds.
+            has_two_shot=name == PeerTransport.name,
         )
     try:
         return transport, transport.allocate(capacity, hidden_size, dtype)

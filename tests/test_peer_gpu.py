@@ -4,6 +4,7 @@ One on each GPU; on a single one, two take turns.
 """
 
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -176,16 +177,22 @@ def test_the_copy_engines_give_the_same_as_the_kernel():
     check_all(run_ranks(_copied_on_rank, RANKS, timeout_s=300))
 
 
-def _one_shot_on_rank(rank):
+def _pushed_on_rank(rank):
+    from sglang_tokenweave.fused import FusedOp
     from sglang_tokenweave.peer import PeerTransport
 
     group = torch.distributed.group.WORLD
-    transport = PeerTransport(group, _device(rank), has_one_shot=True)
+    transport = PeerTransport(group, _device(rank), has_one_shot=True, has_two_shot=True)
     buffer = transport.allocate(CAPACITY, 1024, torch.bfloat16)
     few = [case for case in CASES if case[0] <= 64]
     # One after the other, so that what one leaves in the staging or the signals meets the next.
-    cases = [each for case in few for each in ((*case[:-2], 0, False), case)]
-    answers = [_run_case(transport, buffer, rank, case) for case in cases]
+    ways = ((0, False), (8, False), (2, True))  # one-shot, two-shot, the kernel
+    cases = [(*case[:-2], *way) for case in [*few, *few] for way in ways]
+    with mock.patch.object(FusedOp, "launch", autospec=True, side_effect=FusedOp.launch) as launch:
+        answers = [_run_case(transport, buffer, rank, case) for case in cases]
+        assert launch.call_count == len(cases) // len(ways)
+        answers += [_run_case(transport, buffer, rank, (CAPACITY, True, 0.0, 8, False))]
+        assert launch.call_count == len(cases) // len(ways) + 1
     many = buffer.slot(0, 513)
     with pytest.raises(ValueError, match="513 rows: the staging is for 1 to 512"):
         transport.allreduce_rmsnorm(many, None, many.tensor[0], EPS, ctas=0, beside=False)
@@ -197,8 +204,8 @@ def _one_shot_on_rank(rank):
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(COUNT < 2, reason="needs two CUDA devices")
-def test_the_one_shot_op_and_the_kernel_take_turns():
-    check_all(run_ranks(_one_shot_on_rank, RANKS, timeout_s=300))
+def test_the_ops_for_few_rows_and_the_kernel_take_turns():
+    check_all(run_ranks(_pushed_on_rank, RANKS, timeout_s=300))
 
 
 def _fp8_on_rank(rank):
