@@ -146,6 +146,11 @@ def test_other_tensors_are_refused(wrong, message):
         ranks.ops[0].launch(x, None, weight, EPS)
 
 
+def kept_error(residual, total):
+    """Return the error of a rank's residual: none where it owns no rows."""
+    return relative_error(residual, total) if len(residual) else 0.0
+
+
 def _between_processes(rank, exchange):
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -163,8 +168,7 @@ def _between_processes(rank, exchange):
             owned = exchange.owned(rows, rank, RANKS)
             residual, total = (each[owned.start : owned.stop] for each in (residual, total))
             out = group.op.launch(partials[rank], residual, weight, EPS)
-            kept = relative_error(residual, total) if len(owned) else 0.0
-            errors = relative_error(out, result), kept
+            errors = relative_error(out, result), kept_error(residual, total)
             found.append((*errors, TOLERANCES[dtype], out.cpu()))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -174,7 +178,7 @@ def _between_processes(rank, exchange):
             graph.replay()
         result, total = expected(partials, None, weight)
         total = total[owned.start : owned.stop]
-        errors = relative_error(out, result), relative_error(residual, total)
+        errors = relative_error(out, result), kept_error(residual, total)
         found.append((*errors, TOLERANCES[dtype], out.cpu()))
         group.close()
     return found
