@@ -119,7 +119,7 @@ class EmulatedTransport:
     name = "emulated"
     rank = 0
     world_size = 1
-    has_copy_engines = has_one_shot = False
+    has_copy_engines = has_one_shot = has_two_shot = False
 
     def __init__(self, num_ranks: int = 2) -> None:
         """Make streams on the current device: in line and beside a computation, one a rank."""

@@ -82,7 +82,7 @@ class PeerTransport:
         self._device = device
         self.has_copy_engines = has_copy_engines
         self.has_one_shot = has_one_shot
-        self._has_two_shot = has_two_shot
+        self.has_two_shot = has_two_shot
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch's gap
         self._signals = PeerMemory(SIGNAL_BYTES, device, group)
         self._op = FusedOp(
@@ -109,7 +109,7 @@ class PeerTransport:
             pushed = (self._group, self._device, capacity, hidden_size, dtype)
             if self.has_one_shot and self._one_shot is None:
                 self._one_shot = PushedGroup(Exchange.ONE_SHOT, *pushed)
-            if self._has_two_shot and self._two_shot is None:
+            if self.has_two_shot and self._two_shot is None:
                 self._two_shot = PushedGroup(Exchange.TWO_SHOT, *pushed)
         row_bytes = hidden_size * dtype.itemsize
         scale_bytes = _SCALE_BYTES if dtype == FP8 else 0

@@ -33,6 +33,9 @@ class Kind(StrEnum):
 # Staging takes three times the rows of all ranks, and with more than two ranks larger batches take
 # longer by one exchange of everything than by two of shares.
 MOST_ONE_SHOT_TOKENS = 512
+# Of an op alone that goes by two exchanges of shares, where the transport has that: more gain
+# little.
+MOST_TWO_SHOT_TOKENS = 1024
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from sglang_tokenweave.deadlines import DEVICE_S
 from sglang_tokenweave.kernels import MAX_RANKS
 from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.operands import check_tensor
-from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS
+from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, MOST_TWO_SHOT_TOKENS
 from sglang_tokenweave.symmetric import PeerMemory
 
 _TURNS = 3  # parts of the staging
 EMPTY = -(2**15)  # what its 16-bit words hold until somebody writes: -0.0
-_MOST_TWO_SHOT_TOKENS = 1024
 _STATE_WORDS = 2  # of a block
 _ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 _VEC_ELEMENTS = 8
@@ -62,7 +61,7 @@ class Exchange(Enum):
     @property
     def most_rows(self) -> int:
         """Return the rows of the largest launch: staging for more is not worth its memory."""
-        return MOST_ONE_SHOT_TOKENS if self is Exchange.ONE_SHOT else _MOST_TWO_SHOT_TOKENS
+        return MOST_ONE_SHOT_TOKENS if self is Exchange.ONE_SHOT else MOST_TWO_SHOT_TOKENS
 
     def num_slots(self, num_rows: int, num_ranks: int) -> int:
         """Return the rows that a rank sends to each other one: a launch has a block for each."""

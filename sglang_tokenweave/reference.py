@@ -78,6 +78,7 @@ class ReferenceTransport:
     name = "reference"
     has_copy_engines = False
     has_one_shot = True
+    has_two_shot = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Take over `group`: nobody else may issue collectives on it."""

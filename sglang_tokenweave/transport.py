@@ -100,6 +100,7 @@ class Transport(Protocol):
     world_size: int
     has_copy_engines: bool  # an op beside a computation may come without CTAs
     has_one_shot: bool  # an op of few rows that runs alone may
+    has_two_shot: bool  # that of `plan.MOST_TWO_SHOT_TOKENS` is the same with any CTAs
 
     def allocate(self, capacity: int, hidden_size: int, dtype: torch.dtype) -> SymmetricBuffer:
         """Allocate a buffer of `capacity` rows; a collective call.

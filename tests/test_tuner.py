@@ -11,6 +11,7 @@ from tuned_tables import KEY, WEAVE, bucket, table
 
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.config import ConfigError, TokenWeaveConfig
+from sglang_tokenweave.plan import MOST_TWO_SHOT_TOKENS
 from sglang_tokenweave.tuning import cache, given, here, tuner
 from sglang_tokenweave.tuning.nodes import TableError
 from sglang_tokenweave.tuning.text import to_text
@@ -135,9 +136,11 @@ def test_what_may_be_tried_depends_on_who_moves_the_bytes():
             key,
             has_copy_engines=has_copy_engines,
             has_one_shot=True,
+            has_two_shot=transport == "peer",
             smallest_woven_decode=2,
         )
         assert found.has_one_shot
+        assert found.alike_tokens == (MOST_TWO_SHOT_TOKENS if transport == "peer" else 0)
         return found.ctas, found.fuse_ctas
 
     assert tried("peer", has_copy_engines=True) == ((8, 0, 16, 4), (16, 32, 8))

@@ -201,6 +201,16 @@ def test_the_one_shot_op_is_tried_on_few_tokens():
         assert not any(each.is_one_shot for each in SPACE.candidates(mode, 1))
 
 
+def test_ops_that_are_the_same_whatever_their_ctas_are_tried_once():
+    alike = replace(SPACE, has_one_shot=True, alike_tokens=1024)
+    for mode in (Mode.PREFILL, Mode.DECODE):
+        tried = [
+            [each.fuse_ctas for each in alike.candidates(mode, n) if each.kind is Kind.FUSE]
+            for n in (512, 1024, 1025)
+        ]
+        assert tried == [[0, 8], [8], [8, 16, 32]]
+
+
 def test_the_middle_is_tried_where_the_planner_does_not_cut_there():
     layer = transformer_layer(
         hidden=8192,

@@ -39,11 +39,13 @@ class Space:
     smallest_woven_decode: int = 2  # requests
     layer: LayerShape | None = None  # of the model: tells the planner's cut from the middle
     has_one_shot: bool = False
+    alike_tokens: int = 0  # ops alone of up to so many are the same, whatever their CTAs
 
     def candidates(self, mode: Mode, num_tokens: int) -> list[Candidate]:
         """Return all candidates for batches of `num_tokens`: OFF, then the most promising first."""
         takes_one_shot = self.has_one_shot and num_tokens <= MOST_ONE_SHOT_TOKENS
-        numbers = [*([0] if takes_one_shot else []), *self.fuse_ctas]
+        others = self.fuse_ctas[:1] if num_tokens <= self.alike_tokens else self.fuse_ctas
+        numbers = [*([0] if takes_one_shot else []), *others]
         fuses = [Candidate(Kind.FUSE, fuse_ctas=n) for n in numbers]
         smallest = self.smallest_woven_decode if mode is Mode.DECODE else 2
         if num_tokens < smallest:

@@ -11,7 +11,7 @@ from typing import Any
 from sglang_tokenweave import dummy, seams, user_cache
 from sglang_tokenweave.agreement import Group, compare
 from sglang_tokenweave.config import TokenWeaveConfig
-from sglang_tokenweave.plan import Kind, Mode
+from sglang_tokenweave.plan import MOST_TWO_SHOT_TOKENS, Kind, Mode
 from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.tuning import cache, text
 from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
@@ -106,6 +106,7 @@ def measure(
         key,
         has_copy_engines=runtime.transport.has_copy_engines,
         has_one_shot=runtime.transport.has_one_shot,
+        has_two_shot=runtime.transport.has_two_shot,
         smallest_woven_decode=_smallest_woven_decode(model_runner, runtime),
     )
     found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
@@ -137,6 +138,7 @@ def space(
     *,
     has_copy_engines: bool,
     has_one_shot: bool,
+    has_two_shot: bool,
     smallest_woven_decode: int,
 ) -> Space:
     """Return what may be tried: several numbers of CTAs only where the op occupies them."""
@@ -151,6 +153,7 @@ def space(
         smallest_woven_decode,
         key.layer,
         has_one_shot,
+        MOST_TWO_SHOT_TOKENS if has_two_shot else 0,
     )
 
 
