@@ -52,10 +52,10 @@ class Gpu:
 
 # NVLink 4, between two H200: our kernel on 16 thread blocks, 8192 rows of 8192. It is 0.89 of the
 # 370 GB/s that NCCL counts on; of NVLink 5 the same share is taken of 722.
-H200 = Gpu("H200", 132, 989, 4800, 330, 308)
-H100 = Gpu("H100", 132, 989, 3350, 330, 308)
-B200 = Gpu("B200", 148, 2250, 8000, 644, 533)
-GB200 = Gpu("GB200", 148, 2500, 8000, 644, 533)
+H200 = Gpu("H200", 132, 989, 4800, 328, 308)
+H100 = Gpu("H100", 132, 989, 3350, 328, 308)
+B200 = Gpu("B200", 148, 2250, 8000, 640, 533)
+GB200 = Gpu("GB200", 148, 2500, 8000, 640, 533)
 
 
 @dataclass(frozen=True)
