@@ -22,11 +22,8 @@ def role(variant: str) -> Role:
         return Role.FLOOR
     if variant.startswith("read+write/"):
         return Role.LIMIT
-    if variant.startswith(("fused/", "multicast/")) or variant in (
-        "copy_engine",
-        "push",
-        "push_twice",
-    ):
+    ours = ("copy_engine", "push", "push_twice")
+    if variant.startswith(("fused/", "multicast/")) or variant in ours:
         return Role.OURS
     return Role.PART if variant in ("nccl", "two_shot") else Role.RIVAL
 

@@ -22,6 +22,7 @@ from sglang_tokenweave.loading import load_kernel
 from sglang_tokenweave.operands import check_tensor
 from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, MOST_TWO_SHOT_TOKENS
 from sglang_tokenweave.symmetric import PeerMemory
+from sglang_tokenweave.transport import owned_rows
 
 _TURNS = 3  # parts of the staging
 EMPTY = -(2**15)  # what its 16-bit words hold until somebody writes: -0.0
@@ -67,12 +68,11 @@ class Exchange(Enum):
         """Return the rows that a rank sends to each other one: a launch has a block for each."""
         return num_rows if self is Exchange.ONE_SHOT else _ceil_div(num_rows, num_ranks)
 
-    def owned(self, num_rows: int, rank: int, num_ranks: int) -> range:
+    def owned(self, num_rows: int, rank: int, num_ranks: int) -> slice:
         """Return the rows that a rank adds up, and whose residual it keeps."""
         if self is Exchange.ONE_SHOT:
-            return range(num_rows)
-        share = _ceil_div(num_rows, num_ranks)
-        return range(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+            return slice(0, num_rows)
+        return owned_rows(num_rows, rank, num_ranks)
 
     def staging_bytes(self, capacity: int, num_ranks: int, hidden_size: int) -> int:
         """Return the staging that each rank shares for launches of up to `capacity` rows."""
@@ -230,7 +230,8 @@ class PushedOp:
         check_tensor("weight", weight, (self.hidden_size,), self.dtype)
         if residual is not None:
             owned = self.exchange.owned(num_rows, self._rank, self._num_ranks)
-            check_tensor("residual", residual, (len(owned), self.hidden_size), self.dtype)
+            shape = (owned.stop - owned.start, self.hidden_size)
+            check_tensor("residual", residual, shape, self.dtype)
 
 
 class PushedGroup:

@@ -6,6 +6,16 @@ from typing import Protocol
 import torch
 
 
+def owned_rows(num_rows: int, rank: int, world_size: int) -> slice:
+    """Return the rows that `rank` alone reduces, normalises and keeps the residual of.
+
+    Shares are contiguous and of ceil(num_rows / world_size) rows; the last ones may be short or
+    empty.
+    """
+    share = -(-num_rows // world_size)
+    return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+
+
 @dataclass(frozen=True)
 class Slot:
     """Consecutive rows of a symmetric buffer: one half batch's activations.
@@ -26,13 +36,8 @@ class Slot:
         return -(-self.num_tokens // world_size)
 
     def owned_rows(self, rank: int, world_size: int) -> slice:
-        """Return the rows that `rank` alone reduces, normalises and keeps the residual of.
-
-        Shares are contiguous and of ceil(num_tokens / world_size) rows; the last ones may be short
-        or empty.
-        """
-        share = self.share(world_size)
-        return slice(min(rank * share, self.num_tokens), min((rank + 1) * share, self.num_tokens))
+        """Return this slot's rows of a rank, as the function of this name."""
+        return owned_rows(self.num_tokens, rank, world_size)
 
 
 @dataclass(frozen=True)

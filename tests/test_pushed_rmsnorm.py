@@ -199,7 +199,7 @@ def check(program, case):
             owned = case.variant.exchange.owned(rows, rank, case.variant.num_ranks)
             kept = residual[launch, rank].clone()
             if case.has_residual:
-                kept[owned.start : owned.stop] = total.to(x.dtype)[owned.start : owned.stop]
+                kept[owned] = total.to(x.dtype)[owned]
             assert torch.equal(found[1, launch, rank], kept)
             assert same_bits(out[launch, rank, :rows], out[launch, 0, :rows])
         check_rows(case, addends, weight, out[launch, 0, :rows])
