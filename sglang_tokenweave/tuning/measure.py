@@ -63,12 +63,8 @@ class Meter:
         found = () if is_on_cpu else stock_graphs.find(model_runner, runtime)
         self._stock = {graphs.mode: graphs for graphs in found}
         self._as_loaded = {mode: graphs.take() for mode, graphs in self._stock.items()}
-        self._captured_size: tuple[Mode, int] | None = None
-        self._woven: dict[Candidate, WovenGraphs | None] = {}  # of that size, like the next
         self._first_woven: WovenGraphs | None = None  # whose memory all others share
-        self._in_stock_graphs: dict[Candidate, Taken] = {}
-        self._warm: set[tuple[Candidate, Mode, int]] = set()
-        self._stock_logits: dict[tuple[Mode, int], torch.Tensor] = {}
+        self._forget(None)
         self._began = time.perf_counter()
         self._spent_s = 0.0
 
@@ -84,7 +80,7 @@ class Meter:
         Every round runs all candidates once, after the ranks have met. Before its first round a
         candidate runs once untimed: graphs are captured, kernels are chosen and memory is allocated
         then, and its logits are compared with those of OFF, which comes first at every size. With 0
-        rounds, that is all.
+        rounds, that is all. What was captured is kept until another size is measured.
 
         Raises:
             NotMeasurableError: a candidate failed, gave other logits than stock, or did not run as
@@ -101,6 +97,14 @@ class Meter:
                 problems = [f"{type(error).__name__}: {error}"]
         return self._agree(times, problems)
 
+    def _forget(self, size: tuple[Mode, int] | None) -> None:
+        """Drop what was captured and found of another size; `size` comes next."""
+        self._size = size
+        self._woven: dict[Candidate, WovenGraphs | None] = {}
+        self._in_stock_graphs: dict[Candidate, Taken] = {}
+        self._warm: set[Candidate] = set()
+        self._stock_logits = torch.empty(0)
+
     def _run(
         self,
         candidates: Sequence[Candidate],
@@ -109,6 +113,8 @@ class Meter:
         times: list[list[float]],
         rounds: int,
     ) -> None:
+        if (mode, tokens) != self._size:
+            self._forget((mode, tokens))
         lengths = dummy.lengths(self._model_runner, mode, tokens)
         with dummy.borrowed_rows(self._model_runner, lengths) as slots:
 
@@ -120,11 +126,11 @@ class Meter:
                 return [partial(self._model_runner.forward, batch) for batch in batches]
 
             for candidate in candidates:
-                if (candidate, mode, tokens) not in self._warm:
+                if candidate not in self._warm:
                     (run,) = prepared(candidate, 1)
                     output = run()
                     self._compare(candidate, mode, tokens, seams.next_token_logits(output))
-                    self._warm.add((candidate, mode, tokens))
+                    self._warm.add(candidate)
             for _ in range(rounds):
                 self._group.gather(None)
                 for candidate, found in zip(candidates, times, strict=True):
@@ -135,16 +141,14 @@ class Meter:
         # A copy: a graph writes into the same memory again.
         rows = logits[:_COMPARED_ROWS].to(torch.float32, copy=True)
         if candidate == OFF:
-            self._stock_logits[mode, tokens] = rows
-        elif differ(rows, self._stock_logits[mode, tokens]):
+            self._stock_logits = rows
+        elif differ(rows, self._stock_logits):
             raise NotMeasurableError(
                 f"{candidate.kind} of a {mode} of {tokens} tokens gives other logits than stock"
             )
 
     def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let the next batch of this size run the candidate, in the graph that it would have."""
-        if (mode, tokens) != self._captured_size:  # graphs of another size have served
-            self._captured_size, self._woven, self._in_stock_graphs = (mode, tokens), {}, {}
         self._runtime.table = _always(mode, candidate)
         self._runtime.graphs = None
         if mode is Mode.DECODE or candidate.kind is not Kind.WEAVE:

@@ -16,7 +16,8 @@ from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.tuning import cache, text
 from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError
 from sglang_tokenweave.tuning.nodes import TableError
-from sglang_tokenweave.tuning.search import Space, bucket_sizes, search
+from sglang_tokenweave.tuning.search import search
+from sglang_tokenweave.tuning.space import Space, bucket_sizes
 from sglang_tokenweave.tuning.table import OFF, Bucket, Candidate, Key, Table
 
 logger = logging.getLogger(__name__)
