@@ -4,7 +4,10 @@ The runner is a stand-in, because SGLang's captures on GPUs only: its list of si
 and the dictionaries of its backend are what is used of it.
 """
 
+import gc
+import importlib
 import pkgutil
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -151,6 +154,32 @@ def test_warm_ups_of_decode_graphs_count_as_captures():
         graphs.capture(graphs.sizes[:1])
         assert graphs.runner.said_so is (graphs.mode is Mode.DECODE)
     assert not is_capturing()
+
+
+def test_a_search_has_no_collection_of_all_objects_for_each_capture():
+    runners = [
+        importlib.import_module(f"sglang.srt.model_executor.runner.{name}_cuda_graph_runner")
+        for name in ("prefill", "decode")
+    ]
+    before = [runner.freeze_gc for runner in runners]
+    for runner in runners:  # what is got around
+        with runner.freeze_gc(False):
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
+    with seams.few_collections():
+        for runner in runners:
+            dead = Dead()
+            dead.itself, seen = dead, weakref.ref(dead)
+            del dead
+            with runner.freeze_gc(False):
+                assert seen() is None  # of what came since: nothing is destroyed in a capture
+            assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+    assert [runner.freeze_gc for runner in runners] == before
+
+
+class Dead:
+    """Holds itself, so that only a collection frees it."""
 
 
 def test_a_new_table_renews_the_graphs_that_it_puts_the_op_in_or_out_of():
@@ -314,6 +343,27 @@ def test_a_candidate_that_gives_other_logits_than_stock_is_not_timed(batches):
         return [len(each) for each in times]
 
     assert World(2).run(measure) == 2 * [[2, 2]]
+
+
+def test_what_another_size_left_behind_is_not_captured_anew_inside_of_rounds(batches):
+    """What preparing takes would be taken for what a round takes."""
+
+    def measure(group):
+        timer, model_runner, _ = meter(group, layers=20)
+        decode = model_runner.decode_cuda_graph_runner
+        captures = []
+        capture = decode.capture
+        decode.capture = lambda: (captures.append(1), capture())
+        logits = SimpleNamespace(next_token_logits=torch.ones(4, 8))
+        model_runner.forward = lambda batch: SimpleNamespace(logits_output=logits)
+        seen = []
+        for requests, rounds in ((2, 0), (4, 0), (2, 0), (2, 3)):
+            captures.clear()
+            timer.measure([OFF, FUSE_8], Mode.DECODE, requests, rounds)
+            seen.append(len(captures))
+        return seen
+
+    assert World(1).run(measure) == [[2, 2, 2, 0]]
 
 
 def test_what_counts_as_other_logits():

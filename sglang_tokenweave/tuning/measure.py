@@ -64,7 +64,8 @@ class Meter:
         self._stock = {graphs.mode: graphs for graphs in found}
         self._as_loaded = {mode: graphs.take() for mode, graphs in self._stock.items()}
         self._first_woven: WovenGraphs | None = None  # whose memory all others share
-        self._forget(None)
+        self._size: tuple[Mode, int] | None = None
+        self._turn_to(None)
         self._began = time.perf_counter()
         self._spent_s = 0.0
 
@@ -97,8 +98,10 @@ class Meter:
                 problems = [f"{type(error).__name__}: {error}"]
         return self._agree(times, problems)
 
-    def _forget(self, size: tuple[Mode, int] | None) -> None:
-        """Drop what was captured and found of another size; `size` comes next."""
+    def _turn_to(self, size: tuple[Mode, int] | None) -> None:
+        """Drop what was captured and found of another size."""
+        if size is not None and size == self._size:
+            return
         self._size = size
         self._woven: dict[Candidate, WovenGraphs | None] = {}
         self._in_stock_graphs: dict[Candidate, Taken] = {}
@@ -113,8 +116,7 @@ class Meter:
         times: list[list[float]],
         rounds: int,
     ) -> None:
-        if (mode, tokens) != self._size:
-            self._forget((mode, tokens))
+        self._turn_to((mode, tokens))
         lengths = dummy.lengths(self._model_runner, mode, tokens)
         with dummy.borrowed_rows(self._model_runner, lengths) as slots:
 
@@ -149,6 +151,7 @@ class Meter:
 
     def _bring_about(self, candidate: Candidate, mode: Mode, tokens: int) -> None:
         """Let the next batch of this size run the candidate, in the graph that it would have."""
+        self._turn_to((mode, tokens))
         self._runtime.table = _always(mode, candidate)
         self._runtime.graphs = None
         if mode is Mode.DECODE or candidate.kind is not Kind.WEAVE:

@@ -111,16 +111,17 @@ def measure(
         smallest_woven_decode=_smallest_woven_decode(model_runner, runtime),
     )
     found = search(sizes, tried, meter.measure, meter.spent_s, config.tune_seconds)
-    for bucket in found:
-        buckets.append(bucket)
-        if group.rank == 0:
-            logger.info(
-                "TokenWeave tunes, %d of %d sizes in %.1f s: %s",
-                len(buckets),
-                len(sizes),
-                meter.spent_s(),
-                _describe(bucket),
-            )
+    with seams.few_collections():
+        for bucket in found:
+            buckets.append(bucket)
+            if group.rank == 0:
+                logger.info(
+                    "TokenWeave tunes, %d of %d sizes in %.1f s: %s",
+                    len(buckets),
+                    len(sizes),
+                    meter.spent_s(),
+                    _describe(bucket),
+                )
     if not buckets:  # the same on all ranks
         raise NotMeasurableError("no size ran five times: give more --tokenweave-tune-seconds")
     now = group.gather(datetime.now(UTC).strftime(_TIME_FORMAT))[0]
