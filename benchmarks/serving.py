@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def measure() -> Result:
         seen: dict[tuple[str, str], list[Outcome]] = {}
         meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
+        _check_client()
         with _model(options) as model, _servers(options, model) as together:
             for number in range(options.rounds):
                 # Should it be stopped, the file says how far it came.
@@ -212,6 +213,22 @@ def _drive(
         return load.outcome(record, options.prompts, Target(options.ttft_ms, options.tpot_ms))
     except LoadError as error:
         raise LoadError(f"{_named(workload, rate)}: {error}") from error
+
+
+def _check_client() -> None:
+    """Find out that the client cannot run before minutes go into starting servers.
+
+    Raises:
+        RuntimeError: it cannot, with what it says.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", _CLIENT, "--help"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"SGLang's client does not run here; install what it lacks: {sys.executable} -m "
+            f"{_CLIENT} --help ended with\n{done.stderr[-1000:].strip()}"
+        )
 
 
 def _client(

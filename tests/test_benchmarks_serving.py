@@ -155,6 +155,7 @@ def test_servers_take_turns_and_what_was_measured_is_kept(monkeypatch, tmp_path,
 
     outcome = load.outcome(RECORD, 3, TARGET)
     monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_check_client", lambda: None)
     monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", lambda *_: outcome)
     command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
@@ -186,6 +187,7 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
         return load.outcome(RECORD, 3, TARGET)
 
     monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "_check_client", lambda: None)
     monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", drive)
     output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
@@ -242,6 +244,18 @@ def test_a_client_that_fails_or_hangs_is_named(monkeypatch):
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(LoadError, match="not done in 0 s"):
         serving._drive(place, "m", 1, "in512-out128", 2.0, 0)
+
+
+def test_a_client_that_cannot_run_is_known_before_a_server_starts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(serving, "_CLIENT", "no_such_module")
+    monkeypatch.setattr(serving, "running", lambda *_, **__: pytest.fail("a server was started"))
+    output = tmp_path / "serving.json"
+    command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
+    assert serving.main(command) == 2
+    said = capsys.readouterr().err
+    assert "SGLang's client does not run here; install what it lacks" in said
+    assert "No module named no_such_module" in said
+    assert not output.exists()
 
 
 def replace_deadline(place, seconds):
