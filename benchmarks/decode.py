@@ -2,8 +2,8 @@
 
 All variants are servers on the same GPUs, all started before the first request. In each round
 every one of them is sent one batch of prompts, in a new order, and decodes it; the others idle
-meanwhile. What is timed is SGLang's forward pass on each rank of every step that has all requests
-in it, from its call to the end of its work on the device.
+meanwhile. What is timed is SGLang's forward pass of every step that has all requests in it, from
+its call on the last rank to the end of all ranks' work on the device.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command, machine, shapes, switches, timed_servers, timing
+from benchmarks import command, forward_timer, machine, shapes, switches, timed_servers, timing
 from benchmarks.schema import Meta, Result, Row
 from benchmarks.servers import ServerError
 from benchmarks.timed_servers import AUTO, NO_COMMUNICATION, PEER, STOCK, Served, Variant
@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 def decode(server: Served, prompts: list[list[int]], steps: int) -> float:
-    """Let a server decode prompts together; return a step's microseconds, of the slowest rank.
+    """Let a server decode prompts together; return a step's microseconds, on all ranks.
 
     Raises:
         ServerError: too few steps had all of them.
@@ -50,9 +50,9 @@ def decode(server: Served, prompts: list[list[int]], steps: int) -> float:
         whole = [each for each in every if each.mode == "DECODE" and each.tokens == len(prompts)]
         if len(whole) < _LEAST_STEPS:
             raise ServerError(f"{len(whole)} steps decoded all {len(prompts)} requests together")
-        ranks.append([each.wall_us for each in whole])
-    slowest = [max(step) for step in zip(*ranks, strict=True)]
-    return float(statistics.median(slowest))
+        ranks.append(whole)
+    walls = [forward_timer.together(step)[0] for step in zip(*ranks, strict=True)]
+    return float(statistics.median(walls))
 
 
 def parser() -> argparse.ArgumentParser:

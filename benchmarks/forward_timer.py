@@ -7,6 +7,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ class Pass:
     tokens: int
     wall_us: float  # until the device is done
     cpu_us: float  # until the call returns
+    began_us: float = 0.0  # on a clock that the ranks of a machine share
+
+
+def together(ranks: Sequence[Pass]) -> tuple[float, float]:
+    """Return the microseconds of one pass on all ranks, and those of the slowest one's CPU part.
+
+    From when the last rank has begun: until then the others wait for SGLang's scheduler, which
+    hands each request on from the first rank, and not for what runs the batch.
+    """
+    begun_us = max(each.began_us for each in ranks)
+    done_us = max(each.began_us + each.wall_us for each in ranks)
+    return done_us - begun_us, max(each.cpu_us for each in ranks)
 
 
 def folder(parent: Path, name: str = NAME, entry: str = f"{__name__}:register") -> Path:
@@ -88,6 +101,7 @@ def register() -> None:
             batch.input_ids.shape[0],
             1e6 * (end - begin),
             1e6 * (returned - begin),
+            1e6 * begin,  # Linux counts from the machine's start, for every process
         )
         rank = seams.tensor_parallel_group().rank_in_group
         with open(f"{settings.output}/rank{rank}.jsonl", "a") as file:

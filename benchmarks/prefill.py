@@ -2,7 +2,7 @@
 
 All variants are servers on the same GPUs, all started before the first request. In each round
 every one of them is sent one request, in a new order; the others idle meanwhile. What is timed is
-SGLang's forward pass on each rank, from its call to the end of its work on the device.
+SGLang's forward pass, from its call on the last rank to the end of all ranks' work on the device.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command, machine, shapes, switches, timed_servers, timing
+from benchmarks import command, forward_timer, machine, shapes, switches, timed_servers, timing
 from benchmarks.schema import Meta, Result, Row
 from benchmarks.servers import ServerError
 from benchmarks.timed_servers import AUTO, NO_COMMUNICATION, PEER, STOCK, Served, Variant
@@ -45,7 +45,7 @@ VARIANTS = {
 def prefill(server: Served, ids: list[int]) -> tuple[float, float]:
     """Send one request; return the forward passes' microseconds and those of their CPU part.
 
-    Of the slowest rank; a prompt longer than a chunk takes several passes.
+    On all ranks; a prompt longer than a chunk takes several passes.
 
     Raises:
         ServerError: a rank's passes are not those of this request.
@@ -57,8 +57,9 @@ def prefill(server: Served, ids: list[int]) -> tuple[float, float]:
         seen = [each.tokens for each in passes]
         if sum(seen) != len(ids):
             raise ServerError(f"rank {rank} ran passes of {seen} tokens for a prompt of {len(ids)}")
-        ranks.append((sum(each.wall_us for each in passes), sum(each.cpu_us for each in passes)))
-    return max(ranks)
+        ranks.append(passes)
+    walls, cpus = zip(*map(forward_timer.together, zip(*ranks, strict=True)), strict=True)
+    return sum(walls), sum(cpus)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -46,8 +46,16 @@ def test_a_prompts_chunks_are_summed_on_the_slowest_rank(monkeypatch, tmp_path):
     slower = [Pass("EXTEND", 5, 11.0, 2.0), Pass("EXTEND", 2, 3.5, 1.0)]
     answer_with(monkeypatch, tmp_path, (chunks, slower))
     served = Served(1, tmp_path, world_size=2)
-    assert prefill.prefill(served, [7] * 7) == (14.5, 3.0)
-    assert prefill.prefill(served, [7] * 7) == (14.5, 3.0)  # only what is new
+    assert prefill.prefill(served, [7] * 7) == (14.5, 5.0)
+    assert prefill.prefill(served, [7] * 7) == (14.5, 5.0)  # only what is new
+
+
+def test_a_pass_begins_when_its_last_rank_does():
+    """A rank that got its request sooner waits for the others: that is not the pass's time."""
+    first, second = Pass("EXTEND", 5, 50.0, 20.0, 100.0), Pass("EXTEND", 5, 33.0, 25.0, 115.0)
+    assert forward_timer.together([first, second]) == (150.0 - 115.0, 25.0)
+    assert forward_timer.together([second, first]) == (150.0 - 115.0, 25.0)
+    assert forward_timer.together([first]) == (50.0, 20.0)
 
 
 def test_passes_of_another_length_are_no_measurement(monkeypatch, tmp_path):
