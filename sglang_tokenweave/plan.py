@@ -108,6 +108,7 @@ class PlanRow:
     fuse_ctas: int = 0
     cut_offset: int = 0  # tokens added to the cut that the waves of the layer ask for
     max_extra_permille: int | None = None  # of the whole's waves that a cut may add; None: any
+    falls_back: bool = True  # of a WEAVE: what cannot be cut runs as the rows below it have it
 
     def __post_init__(self) -> None:
         _check_member("mode", self.mode, Mode)
@@ -115,6 +116,8 @@ class PlanRow:
         _check_member("kind", self.kind, Kind)
         _check_count("ctas", self.ctas, least=0)
         _check_count("fuse_ctas", self.fuse_ctas, least=0)
+        if type(self.falls_back) is not bool:
+            raise ValueError(f"falls_back: got {self.falls_back!r}; expected a bool")
         if type(self.cut_offset) is not int:
             raise ValueError(f"cut_offset: got {self.cut_offset!r}; expected an integer")
         if self.max_extra_permille is not None:
@@ -151,13 +154,13 @@ class PlanTable:
         """Return the last row of `mode` with `min_tokens` of at most `num_tokens`.
 
         A mixed batch uses the rows of prefill, unless the table has rows for mixed batches.
-        Without `weave`, rows that weave are passed over.
+        Without `weave`, rows that weave are passed over if they fall back.
         """
         if mode == Mode.MIXED and all(row.mode != Mode.MIXED for row in self.rows):
             mode = Mode.PREFILL
         for row in reversed(self.rows):
             fits = row.mode == mode and row.min_tokens <= num_tokens
-            if fits and (weave or row.kind is not Kind.WEAVE):
+            if fits and (weave or row.kind is not Kind.WEAVE or not row.falls_back):
                 return row
         return None
 
@@ -273,6 +276,8 @@ def _is_fused(row: PlanRow, num_tokens: int) -> bool:
 def _why_off(row: PlanRow | None, mode: Mode) -> str:
     if row is not None and row.kind is Kind.FUSE:
         return f"more than the {MOST_ONE_SHOT_TOKENS} tokens of a one-shot op"
+    if row is not None and row.kind is Kind.WEAVE:
+        return "woven in the table, and nothing was measured to be faster uncut"
     return "off in the table" if row else f"smaller than any {mode} row of the table"
 
 

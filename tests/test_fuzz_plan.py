@@ -35,6 +35,7 @@ rows = accepted(
     fuse_ctas=st.integers(-1, 64),
     cut_offset=st.integers(-300, 300),
     max_extra_permille=st.none() | st.integers(-1, 300),
+    falls_back=st.booleans(),
 )
 tables = st.lists(rows, max_size=8, unique_by=lambda row: (row.mode, row.min_tokens)).map(
     lambda rows: PlanTable(tuple(rows))

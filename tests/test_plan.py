@@ -129,6 +129,21 @@ def test_a_batch_that_cannot_be_cut_is_fused_if_the_table_fuses_at_that_size():
     assert plan == Plan(Kind.FUSE, fuse_ctas=20, reason=reason)
 
 
+def test_a_row_that_does_not_fall_back_leaves_what_cannot_be_cut_to_stock():
+    rows = (
+        PlanRow(Mode.PREFILL, 4, Kind.FUSE, 0, 20),
+        PlanRow(Mode.PREFILL, 16, Kind.WEAVE, 8, 16, falls_back=False),
+        PlanRow(Mode.PREFILL, 64, Kind.FUSE, 0, 20),
+    )
+    table = PlanTable(rows)
+    reason = "too few tokens to cut at a multiple of 32"
+    assert plan_batch(prefill(30), table, LAYER, 132, align=32) == Plan(Kind.OFF, reason=reason)
+    reason = "woven in the table, and nothing was measured to be faster uncut"
+    assert plan_unsplit(Mode.PREFILL, 30, table) == Plan(Kind.OFF, reason=reason)
+    for num_tokens in (4, 64):
+        assert plan_unsplit(Mode.PREFILL, num_tokens, table).kind is Kind.FUSE
+
+
 def test_a_one_shot_op_takes_few_tokens_whoever_plans():
     table = PlanTable((PlanRow(Mode.PREFILL, 1, Kind.FUSE),))
     for plan in (
@@ -240,6 +255,7 @@ def test_impossible_batches_are_refused(mode, lengths, message):
         ("fuse_ctas", "8", "fuse_ctas: got '8'"),
         ("fuse_ctas", True, "fuse_ctas: got True"),
         ("cut_offset", 1.0, r"cut_offset: got 1\.0; expected an integer"),
+        ("falls_back", 1, "falls_back: got 1; expected a bool"),
         ("max_extra_permille", -1, "max_extra_permille: got -1; expected an integer of at least"),
     ],
 )

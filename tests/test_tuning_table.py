@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuned_tables import FUSE, KEY, WEAVE, bucket, table, tables, times
 
-from sglang_tokenweave.plan import BatchShape, Kind, Mode, plan_batch
+from sglang_tokenweave.plan import BatchShape, Kind, Mode, plan_batch, plan_unsplit
 from sglang_tokenweave.tuning.nodes import TableError
 from sglang_tokenweave.tuning.rows import gain_permille, plan_table
 from sglang_tokenweave.tuning.table import (
@@ -236,6 +236,13 @@ def test_between_two_sizes_the_lesser_of_their_choices_holds():
     assert kinds(plans) == expected
     assert kinds(plans, Mode.DECODE) == {}
     assert kinds(plans, Mode.MIXED) == expected
+
+
+def test_nothing_is_fused_above_the_sizes_where_that_was_measured():
+    """A batch of 15 tokens runs in a graph for 16, so that graph does what holds for 15."""
+    plans = plan_table(table(bucket(8, FUSE), bucket(16, WEAVE), bucket(32, WEAVE)))
+    unsplit = {n: plan_unsplit(Mode.PREFILL, n, plans).kind for n in (7, 8, 15, 16, 17, 31, 32, 33)}
+    assert [n for n, kind in unsplit.items() if kind is Kind.FUSE] == [8, 15, 16]
 
 
 @given(tables, st.sampled_from(Mode), st.integers(1, 25_000))

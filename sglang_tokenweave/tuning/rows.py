@@ -18,7 +18,8 @@ def plan_table(table: Table) -> PlanTable:
     one kind; so nothing is woven that is not woven on both sides. A weave between two also has to
     keep what the sides gained: its cut may add no more waves than the worse of theirs does, plus
     the share of the time that the lesser of them gained. It is the planner's: how far the best cut
-    of one size was from that tells nothing of another size.
+    of one size was from that tells nothing of another size. What is woven between two sizes and
+    cannot be cut runs stock: that fusing won where it was measured tells nothing of larger sizes.
     """
     rows = []
     for mode in (Mode.PREFILL, Mode.DECODE):
@@ -30,7 +31,7 @@ def plan_table(table: Table) -> PlanTable:
     return PlanTable(tuple(rows))
 
 
-def _row(mode: Mode, tokens: int, chosen: Candidate, allowed: int | None = None) -> PlanRow:
+def _row(mode: Mode, tokens: int, chosen: Candidate) -> PlanRow:
     return PlanRow(
         mode,
         tokens,
@@ -38,7 +39,6 @@ def _row(mode: Mode, tokens: int, chosen: Candidate, allowed: int | None = None)
         ctas=chosen.ctas,
         fuse_ctas=chosen.fuse_ctas,
         cut_offset=chosen.cut_offset,
-        max_extra_permille=allowed,
     )
 
 
@@ -54,8 +54,8 @@ def _gap(key: Key, below: Bucket, above: Bucket) -> PlanRow:
         gain = min(gain_permille(side) for side in sides)
         if gain > 0:  # else a person chose a loss, and knows why
             allowed = max(_extra(key, side) for side in sides) + gain
-    chosen = replace(less.chosen, cut_offset=0)
-    return _row(below.mode, below.tokens + 1, chosen, allowed)
+    row = _row(below.mode, below.tokens + 1, replace(less.chosen, cut_offset=0))
+    return replace(row, max_extra_permille=allowed, falls_back=False)
 
 
 def gain_permille(bucket: Bucket) -> int:
