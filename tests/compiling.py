@@ -1,11 +1,12 @@
 """Device sources to compile, in this process with defaults or in a child with a broken cache."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from sglang_tokenweave.compiler import compile_kernel
+from sglang_tokenweave.compiler import compile_kernel, source_folder
 
 SHARED_FLOATS = 768
 KERNEL = f"""
@@ -52,6 +53,27 @@ def write_sources(tmp_path):
     (folder / "kernel.cu").write_text(KERNEL)
     (folder / "params.cuh").write_text(HEADER)
     return folder
+
+
+def check_layout(file, params, folder, members=None):
+    """Compile static_asserts that `Params` of a source is laid out as a ctypes structure.
+
+    Args:
+        members: where fields of the structure are that the source has elsewhere, by their names.
+    """
+    members = members or {}
+    checks = "".join(
+        f"static_assert(__INTADDR__(&((Params*)0)->{members.get(name, name)}) == "
+        f"{getattr(params, name).offset});\n"
+        for name, _ in params._fields_
+    )
+    for source in source_folder().glob("*.cu*"):
+        (folder / source.name).write_bytes(source.read_bytes())
+    (folder / "layout.cu").write_text(
+        f'#include "{file}"\nstatic_assert(sizeof(Params) == {ctypes.sizeof(params)});\n{checks}'
+        "template <int kUnused> __global__ void layout() {}\n"
+    )
+    compile_kernel("layout.cu", "layout<0>", "sm_90a", sources=folder, cache=folder / "cache")
 
 
 def compile_with(sources, cache):

@@ -1,6 +1,5 @@
 """The copy engines' kernels: compiled for every GPU, and run on a CPU against float64."""
 
-import ctypes
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -8,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from compiling import check_layout
 from host_build import build_host
 
 from sglang_tokenweave import add_rmsnorm, stream_flags
 from sglang_tokenweave.add_rmsnorm import Variant, choose_variant
-from sglang_tokenweave.compiler import compile_kernel, source_folder
+from sglang_tokenweave.compiler import compile_kernel
 from sglang_tokenweave.kernels import FP8
 
 DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
@@ -63,18 +63,7 @@ def test_kernels_compile_for_every_architecture(arch, tmp_path):
     [("add_rmsnorm.cu", add_rmsnorm.Params), ("exchange_flags.cu", stream_flags.Params)],
 )
 def test_params_are_laid_out_as_on_the_device(file, params, tmp_path):
-    """The compiler itself compares: a wrong offset is a failed static_assert."""
-    checks = "".join(
-        f"static_assert(__INTADDR__(&((Params*)0)->{name}) == {getattr(params, name).offset});\n"
-        for name, _ in params._fields_
-    )
-    for source in source_folder().glob("*.cu*"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "layout.cu").write_text(
-        f'#include "{file}"\nstatic_assert(sizeof(Params) == {ctypes.sizeof(params)});\n{checks}'
-        "template <int kUnused> __global__ void layout() {}\n"
-    )
-    compile_kernel("layout.cu", "layout<0>", "sm_90a", sources=tmp_path, cache=tmp_path / "cache")
+    check_layout(file, params, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """The kernel's variants: they compile for every GPU, spill nothing, and agree on `Params`."""
 
-import ctypes
-
 import ptx
 import pytest
 import torch
+from compiling import check_layout
 
-from sglang_tokenweave.compiler import compile_kernel, source_folder
+from sglang_tokenweave.compiler import compile_kernel
 from sglang_tokenweave.kernels import SHARED_LIMIT_BYTES, Params, choose_variant
 
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
@@ -103,22 +102,9 @@ def test_unicast_uses_no_multimem(cache):
 
 
 def test_params_are_laid_out_as_on_the_device(tmp_path):
-    """The compiler itself compares: a wrong offset is a failed static_assert."""
     of_barrier = ("signals", "epochs", "deadline_ns", "rank", "digest")
     members = {name: f"barrier.{name}" for name in of_barrier}
-    checks = "".join(
-        f"static_assert(__INTADDR__(&((Params*)0)->{members.get(name, name)}) == "
-        f"{getattr(Params, name).offset});\n"
-        for name, _ in Params._fields_
-    )
-    for source in source_folder().glob("*.cu*"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "layout.cu").write_text(
-        '#include "allreduce_rmsnorm.cu"\n'
-        f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n{checks}"
-        "template <int kUnused> __global__ void layout() {}\n"
-    )
-    compile_kernel("layout.cu", "layout<0>", "sm_90a", sources=tmp_path, cache=tmp_path / "cache")
+    check_layout("allreduce_rmsnorm.cu", Params, tmp_path, members)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The kernels that push rows: compiled for every GPU, and run on a CPU against float64."""
 
-import ctypes
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -8,11 +7,12 @@ from dataclasses import dataclass
 import ptx
 import pytest
 import torch
+from compiling import check_layout
 from host_build import build_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tokenweave.compiler import compile_kernel, source_folder
+from sglang_tokenweave.compiler import compile_kernel
 from sglang_tokenweave.pushed_rmsnorm import EMPTY, Exchange, Params, Variant, choose_variant
 
 DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
@@ -77,19 +77,7 @@ def test_it_compiles_for_every_architecture(arch, exchange, tmp_path):
 
 
 def test_params_are_laid_out_as_on_the_device(tmp_path):
-    """The compiler itself compares: a wrong offset is a failed static_assert."""
-    checks = "".join(
-        f"static_assert(__INTADDR__(&((Params*)0)->{name}) == {getattr(Params, name).offset});\n"
-        for name, _ in Params._fields_
-    )
-    for source in source_folder().glob("*.cu*"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "layout.cu").write_text(
-        '#include "pushed_rows.cuh"\n'
-        f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n{checks}"
-        "template <int kUnused> __global__ void layout() {}\n"
-    )
-    compile_kernel("layout.cu", "layout<0>", "sm_90a", sources=tmp_path, cache=tmp_path / "cache")
+    check_layout("pushed_rows.cuh", Params, tmp_path)
 
 
 @pytest.mark.parametrize(
