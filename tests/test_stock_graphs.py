@@ -388,6 +388,7 @@ def test_every_release_has_what_is_used_of_its_runners(version):
         runner = (root / "runner" / f"{name}_cuda_graph_runner.py").read_text()
         assert "    def capture(self) -> None:" in runner
         assert f"reversed(self.{sizes_name})" in runner  # all that it captures
+        assert runner.count("with freeze_gc(") == 1  # found in the module, and so ours meanwhile
     for name in ("llama", "qwen2", "qwen2_moe", "mixtral"):  # the others inherit their loop
         model = (srt / "models" / f"{name}.py").read_text()
         assert "for i in range(self.start_layer, self.end_layer):" in model
