@@ -14,6 +14,7 @@ from typing import Any
 
 NAME = "tokenweave_forward_timer"
 SETTINGS = "TOKENWEAVE_FORWARD_TIMER"
+_ROOT = Path(__file__).resolve().parent.parent
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
 
 
@@ -21,9 +22,10 @@ _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
 class Settings:
     """What the plugin does in a server's workers."""
 
-    output: str  # folder of a file of times for each rank
+    output: str = ""  # folder of a file of times for each rank; empty: nothing is timed
     no_communication: bool = False  # sums over ranks are left out: the results are wrong
     emulated_ranks: int = 0  # ours on one GPU: so many ranks' kernels, 0 for none
+    draws_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,18 @@ def folder(parent: Path, name: str = NAME, entry: str = f"{__name__}:register") 
     return parent
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Return what to add to a server's environment."""
-    return {SETTINGS: json.dumps(asdict(settings))}
+def environment(settings: Settings, parent: Path, *others: str) -> dict[str, str]:
+    """Return what to add to a server's environment: it loads this plugin, and others by name.
+
+    Args:
+        parent: as of `folder`.
+    """
+    paths = [str(parent), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        SETTINGS: json.dumps(asdict(settings)),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "SGLANG_PLUGINS": ",".join((*others, NAME)),
+    }
 
 
 def read(output: Path, rank: int, offset: int) -> tuple[list[Pass], int]:
@@ -108,8 +119,10 @@ def register() -> None:
             file.write(json.dumps(asdict(found)) + "\n")
         return result
 
-    HookRegistry.register(_RUNNER + "forward", timed, HookType.AROUND)
-    HookRegistry.register(_RUNNER + "load_model", _after_load_model, HookType.AFTER)
+    if settings.output:
+        HookRegistry.register(_RUNNER + "forward", timed, HookType.AROUND)
+    if settings.draws_weights:
+        HookRegistry.register(_RUNNER + "load_model", _after_load_model, HookType.AFTER)
     if settings.no_communication:
         _leave_out_sums()
     if settings.emulated_ranks:

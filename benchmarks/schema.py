@@ -41,7 +41,7 @@ BENCHES: Mapping[str, Bench] = {
         ("tokens_per_s", "context_tokens", *SHARES),
     ),
     "serving": Bench(
-        r"(stock|tokenweave)(/[a-z0-9_.-]+)*",
+        r"(stock|tokenweave|no_comm)(/[a-z0-9_.-]+)*",
         ("ttft_us", "tpot_us", "requests_per_s", "tokens_per_s", "goodput_requests_per_s"),
     ),
 }

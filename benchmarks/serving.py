@@ -21,11 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, load, machine, shapes, timing
+from benchmarks import command, forward_timer, load, machine, shapes, timing
+from benchmarks.forward_timer import Settings
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
 from benchmarks.servers import HOST, UNBALANCED, Contender, running
+from benchmarks.serving_table import NO_COMM, OURS
 from launch import demo
+from sglang_tokenweave import preflight
 
 _CLIENT = "sglang.benchmark.serving"
 _WARM_UP = 32  # requests: they load the kernels of large batches, too
@@ -55,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--both", default="", metavar="FLAGS", help="flags of every server")
     add("--stock-best", metavar="FLAGS", help="a second stock server, with its best flags")
     add("--ours", default="", metavar="FLAGS", help="flags of the woven server")
+    add("--no-comm", action="store_true", help="also stock without sums over the ranks: the bound")
     add("--together", action="store_true", help="all servers on the GPUs at once, loads in turn")
     add("--cpu", action="store_true", help="try it on a CPU: the times mean nothing")
     add("--start-deadline", type=float, default=900, metavar="S", help="of a server (%(default)s)")
@@ -73,11 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seen: dict[tuple[str, str], list[Outcome]] = {}
         meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
         _check_client()
-        with _model(options) as model, _servers(options, model) as together:
+        with (
+            _prepared(options) as (model, servers),
+            _together(options, model, servers) as together,
+        ):
             for number in range(options.rounds):
                 # Should it be stopped, the file says how far it came.
                 begun = {"run": f"it was stopped in round {number + 1} of {options.rounds}"}
-                for _ in _round(options, model, number, seen, together):
+                for _ in _round(options, model, servers, number, seen, together):
                     Result("serving", replace(meta, absent=begun), _rows(seen)).save(options.output)
         result = Result("serving", meta, _rows(seen))
         result.save(options.output)
@@ -86,18 +93,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command.run(measure)
 
 
-def contenders(options: argparse.Namespace) -> list[Contender]:
-    """Return the servers that take part."""
+def contenders(options: argparse.Namespace, plugin: Path) -> list[Contender]:
+    """Return the servers that take part; in the folder `plugin` is that of `forward_timer`."""
     both = shlex.split(options.both)
     both += ["--load-format", "dummy"] if options.shape else []
-    variables = (UNBALANCED,) if options.together else ()
     both += ["--sleep-on-idle"] if options.together else []
-    found = [Contender("stock", False, tuple(both), variables)]
+
+    def server(
+        variant: str, flags: str = "", *, weaves: bool = False, sums: bool = True
+    ) -> Contender:
+        own_flags, variables = _flags_and_variables(flags)
+        variables += [UNBALANCED] if options.together else []
+        if options.shape or not sums:
+            settings = Settings(no_communication=not sums, draws_weights=bool(options.shape))
+            ours = (preflight.PLUGIN,) if weaves else ()
+            variables += forward_timer.environment(settings, plugin, *ours).items()
+        return Contender(variant, weaves, (*both, *own_flags), tuple(variables))
+
+    found = [server("stock")]
     if options.stock_best is not None:
-        flags, own = _flags_and_variables(options.stock_best)
-        found.append(Contender("stock/best", False, (*both, *flags), (*variables, *own)))
-    flags, own = _flags_and_variables(options.ours)
-    return [*found, Contender("tokenweave", True, (*both, *flags), (*variables, *own))]
+        found.append(server("stock/best", options.stock_best))
+    found.append(server(OURS, options.ours, weaves=True))
+    return [*found, server(NO_COMM, sums=False)] if options.no_comm else found
 
 
 def _flags_and_variables(text: str) -> tuple[list[str], list[tuple[str, str]]]:
@@ -109,15 +126,16 @@ def _flags_and_variables(text: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 @contextmanager
-def _model(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the model's name or folder; of a shape a new one."""
-    if options.model:
-        yield options.model
-        return
+def _prepared(options: argparse.Namespace) -> Iterator[tuple[str, list[Contender]]]:
+    """Yield the model's name or folder, of a shape a new one, and the servers."""
     with tempfile.TemporaryDirectory() as name:
+        servers = contenders(options, forward_timer.folder(Path(name, "plugin")))
+        if options.model:
+            yield options.model, servers
+            return
         folder = shapes.write(options.shape, _layers(options), Path(name))
         shapes.write_tokenizer(options.shape, folder)
-        yield str(folder)
+        yield str(folder), servers
 
 
 def _layers(options: argparse.Namespace) -> int:
@@ -146,9 +164,14 @@ def _server(options: argparse.Namespace, model: str, contender: Contender) -> It
 
 
 @contextmanager
-def _servers(options: argparse.Namespace, model: str) -> Iterator[dict[str, int]]:
-    """Start all servers, one that may measure alone and first; yield their ports by variant."""
-    together = contenders(options) if options.together else []
+def _together(
+    options: argparse.Namespace, model: str, servers: list[Contender]
+) -> Iterator[dict[str, int]]:
+    """Start all servers that run at once, one that may measure alone and first; yield their ports.
+
+    By variant; of servers that take turns none.
+    """
+    together = servers if options.together else []
     first = [each for each in together if each.weaves and "--tokenweave-table" not in each.flags]
     with ExitStack() as stack:
 
@@ -165,12 +188,12 @@ def _servers(options: argparse.Namespace, model: str) -> Iterator[dict[str, int]
 def _round(
     options: argparse.Namespace,
     model: str,
+    servers: list[Contender],
     number: int,
     seen: dict[tuple[str, str], list[Outcome]],
     together: dict[str, int],
 ) -> Iterator[None]:
     """Run all loads on all servers once, yielding after each; another server is first each time."""
-    servers = contenders(options)
     first = number % len(servers)
     ordered = servers[first:] + servers[:first]
     loads = [(workload, rate) for workload in options.workloads for rate in options.rates]

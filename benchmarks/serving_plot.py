@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 from benchmarks import plot_style
 from benchmarks.roles import shapes
 from benchmarks.schema import Result
-from benchmarks.serving_table import OURS
+from benchmarks.serving_table import NO_COMM, OURS
 
-_COLORS = {"stock": "#b0b0b0", "stock/best": "#6b6b6b", OURS: "#d1495b"}
+_COLORS = {"stock": "#b0b0b0", "stock/best": "#6b6b6b", OURS: "#d1495b", NO_COMM: "#e8e8e8"}
 _PANELS = (
     ("tokens_per_s", 1.0, "Throughput", "tokens a second, input and output"),
     ("ttft_us", 1e3, "Time to the first token", "ms, median"),

@@ -1,7 +1,6 @@
 """Servers of one model on the same GPUs, each of whose forward passes is timed on every rank."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,10 @@ from benchmarks.forward_timer import Pass, Settings
 from benchmarks.schema import Result, Row
 from benchmarks.servers import HOST, UNBALANCED, Contender, running
 from launch import demo
+from sglang_tokenweave import preflight
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parent.parent
 PEER = ("--enable-tokenweave", "--tokenweave-strict", "--tokenweave-transport", "peer")
 RAISED = ("SGLANG_CUSTOM_ALL_REDUCE_V2_MAX_SIZE_KB", "131072")
 
@@ -214,12 +213,9 @@ def contender(
     name: str, variant: Variant, flags: Sequence[str], settings: Settings, plugin: Path
 ) -> Contender:
     """Return a server that has the timer, and the extension if the variant is ours."""
-    ours = ("tokenweave",) if variant.is_ours else ()
-    paths = [str(plugin), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = (preflight.PLUGIN,) if variant.is_ours else ()
     variables = {
-        **forward_timer.environment(settings),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "SGLANG_PLUGINS": ",".join((*ours, forward_timer.NAME)),
+        **forward_timer.environment(settings, plugin, *ours),
         **dict([UNBALANCED]),
         **dict(variant.variables),
     }

@@ -16,6 +16,7 @@ from thorough import rare
 from transformers import AutoTokenizer
 
 from benchmarks import load, schema, servers, serving, shapes
+from benchmarks.forward_timer import NAME, SETTINGS, Settings
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.servers import UNBALANCED, Contender, ServerError
 from launch import demo
@@ -98,13 +99,16 @@ def test_rounds_are_summed_up_by_medians():
 # --- servers
 
 
-def options(*extra):
-    return serving.parser().parse_args(["--model", "m", *extra])
+PLUGIN = Path("plugin")
+
+
+def contenders(*extra, model=("--model", "m")):
+    return serving.contenders(serving.parser().parse_args([*model, *extra]), PLUGIN)
 
 
 def test_a_stock_server_is_as_if_the_extension_were_not_installed():
-    stock, best, ours = serving.contenders(
-        options("--both", "--a 1", "--stock-best", "--b 2", "--ours=--tokenweave-transport peer")
+    stock, best, ours = contenders(
+        "--both", "--a 1", "--stock-best", "--b 2", "--ours=--tokenweave-transport peer"
     )
     assert [each.variant for each in (stock, best, ours)] == ["stock", "stock/best", "tokenweave"]
     assert stock.environment(2, on_cpu=False)["SGLANG_PLUGINS"] == "none"
@@ -117,10 +121,33 @@ def test_a_stock_server_is_as_if_the_extension_were_not_installed():
     assert command[-4:] == ["--a", "1", "--tokenweave-transport", "peer"]
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (("--model", "m"), [None, None, Settings(no_communication=True, draws_weights=False)]),
+        (("--shape", "smoke"), [Settings(), Settings(), Settings(no_communication=True)]),
+    ],
+)
+def test_weights_are_drawn_for_every_server_of_a_shape_and_sums_left_out_of_one(model, settings):
+    """The dummies of SGLang are so small that GEMMs take less power than real ones."""
+    found = contenders("--no-comm", model=model)
+    assert [each.variant for each in found] == ["stock", "tokenweave", "no_comm"]
+    assert [each.weaves for each in found] == [False, True, False]
+    for each, expected in zip(found, settings, strict=True):
+        variables = each.environment(2, on_cpu=False)
+        if expected is None:
+            assert SETTINGS not in variables
+            continue
+        assert Settings(**json.loads(variables[SETTINGS])) == expected
+        assert variables["PYTHONPATH"].split(os.pathsep)[0] == "plugin"
+        plugins = ["tokenweave"] if each.weaves else []
+        assert variables["SGLANG_PLUGINS"].split(",") == [*plugins, NAME]
+
+
 def test_servers_that_start_side_by_side_may_find_less_memory_on_one_gpu():
-    together = serving.contenders(options("--together"))
+    together = contenders("--together")
     assert all(each.environment(2, on_cpu=False)[UNBALANCED[0]] == "0" for each in together)
-    assert not any(UNBALANCED[0] in dict(each.variables) for each in serving.contenders(options()))
+    assert not any(UNBALANCED[0] in dict(each.variables) for each in contenders())
 
 
 def test_sglang_knows_the_switch_that_says_so():
@@ -210,7 +237,7 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
 
 
 def test_a_stock_server_can_be_given_variables():
-    _, best, _ = serving.contenders(options("--stock-best", "SIZE_KB=1 --b 2"))
+    _, best, _ = contenders("--stock-best", "SIZE_KB=1 --b 2")
     assert best.environment(2, on_cpu=False)["SIZE_KB"] == "1"
     assert best.flags == ("--b", "2")
 
@@ -270,11 +297,12 @@ def test_it_drives_real_servers_with_sglangs_client(model, tmp_path, capsys):
     load_of = ["--workloads", "sharegpt_like", "--prompts", "2", "--rounds", "1"]
     commit = ["--commit", "0123456", "--output", str(output)]
     ours = ["--ours=--tokenweave-min-tokens 64"]
-    assert serving.main([*command, *ours, *load_of, *commit]) == 0, capsys.readouterr().err
+    arguments = [*command, *ours, *load_of, *commit, "--no-comm"]
+    assert serving.main(arguments) == 0, capsys.readouterr().err
     rows = schema.load(output).rows
-    assert [row.variant for row in rows] == ["stock", "tokenweave"]
-    # Drawn with one seed, so that both servers have the same prompts.
-    assert rows[0].tokens == rows[1].tokens > 0
+    assert [row.variant for row in rows] == ["no_comm", "stock", "tokenweave"]
+    # Drawn with one seed, so that all servers have the same prompts.
+    assert rows[0].tokens == rows[1].tokens == rows[2].tokens > 0
     for row in rows:
         assert row.time_us >= row.extra["ttft_us"] > 0
         assert row.extra["tokens_per_s"] > row.extra["requests_per_s"] > 0

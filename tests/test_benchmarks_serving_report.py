@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from made_up_results import META
 
-from benchmarks import plot, report, serving_table, table
+from benchmarks import plot, report, schema, serving_table, table
 from benchmarks.bars import Verdict
 from benchmarks.schema import Result, Row
 
@@ -59,6 +59,19 @@ def test_a_model_s_throughput_has_a_bar_and_no_latency_may_be_worse():
         "tokens/s over stock/best": Verdict.FAIL,  # 1.185
         "TTFT over the least of stock's": Verdict.FAIL,  # 1.018
     }
+
+
+def test_the_bound_is_no_rival(tmp_path):
+    result_of({**SERVERS, "no_comm": (90_000.0, 1e6)}).save(tmp_path / "serving.json")
+    result = schema.load(tmp_path / "serving.json")
+    assert set(verdicts(result).values()) == {Verdict.PASS}
+    (line,) = (line for line in table.text(result).splitlines() if "no_comm" in line)
+    assert "1.67x" in line
+
+
+def test_the_latency_that_is_judged_is_shown():
+    _, latency = serving_table.judge(result_of())
+    assert latency.numbers == "0.769, at most 1.015"  # 3.0 s of 3.9 s
 
 
 def test_other_loads_may_not_be_slower_than_stock_by_more_than_the_noise():
