@@ -102,8 +102,8 @@ def contenders(options: argparse.Namespace, plugin: Path) -> list[Contender]:
     def server(
         variant: str, flags: str = "", *, weaves: bool = False, sums: bool = True
     ) -> Contender:
-        own_flags, variables = _flags_and_variables(flags)
-        variables += [UNBALANCED] if options.together else []
+        own_flags, own = _flags_and_variables(flags)
+        variables = [*([UNBALANCED] if options.together else []), *own]
         if options.shape or not sums:
             settings = Settings(no_communication=not sums, draws_weights=bool(options.shape))
             ours = (preflight.PLUGIN,) if weaves else ()
