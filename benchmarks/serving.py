@@ -6,12 +6,9 @@ fit, `--together` starts all of them once; each load goes to one after the other
 """
 
 import argparse
-import json
 import math
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, forward_timer, load, machine, shapes, timing
+from benchmarks import client, command, forward_timer, load, machine, shapes, timing
 from benchmarks.forward_timer import Settings
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.schema import Result, Row
@@ -30,7 +27,6 @@ from benchmarks.serving_table import NO_COMM, OURS
 from launch import demo
 from sglang_tokenweave import preflight
 
-_CLIENT = "sglang.benchmark.serving"
 _WARM_UP = 32  # requests: they load the kernels of large batches, too
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=.*")
 _SEED = 20250516
@@ -76,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def measure() -> Result:
         seen: dict[tuple[str, str], list[Outcome]] = {}
         meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
-        _check_client()
+        with tempfile.TemporaryDirectory() as name:
+            client.check(Path(name))
         with (
             _prepared(options) as (model, servers),
             _together(options, model, servers) as together,
@@ -230,31 +227,18 @@ def _drive(
     options: argparse.Namespace, model: str, port: int, workload: str, rate: float, number: int
 ) -> Outcome:
     """Put a server under one load; the same requests at the same times for every server."""
-    with tempfile.TemporaryDirectory() as name:
-        record = _client(options, model, port, workload, rate, _SEED + number, Path(name))
+    target = Target(options.ttft_ms, options.tpot_ms)
     try:
-        return load.outcome(record, options.prompts, Target(options.ttft_ms, options.tpot_ms))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            what = _requests(options, model, port, workload, rate, _SEED + number, folder)
+            record = client.drive(what, folder, options.load_deadline)
+        return load.outcome(record, options.prompts, target)
     except LoadError as error:
         raise LoadError(f"{_named(workload, rate)}: {error}") from error
 
 
-def _check_client() -> None:
-    """Find out that the client cannot run before minutes go into starting servers.
-
-    Raises:
-        RuntimeError: it cannot, with what it says.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", _CLIENT, "--help"], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"SGLang's client does not run here; install what it lacks: {sys.executable} -m "
-            f"{_CLIENT} --help ended with\n{done.stderr[-1000:].strip()}"
-        )
-
-
-def _client(
+def _requests(
     options: argparse.Namespace,
     model: str,
     port: int,
@@ -262,34 +246,15 @@ def _client(
     rate: float,
     seed: int,
     folder: Path,
-) -> dict[str, Any]:
-    """Run SGLang's client and return what it wrote."""
-    path = folder / "outcome.jsonl"
+) -> list[str]:
+    """Return the client's arguments; its files go into `folder`."""
     word = shapes.WORD if options.shape else load.WORD
-    command = [
-        *(sys.executable, "-m", _CLIENT, "--backend", "sglang", "--model", model),
-        *("--host", HOST, "--port", str(port), "--request-rate", str(rate), "--seed", str(seed)),
-        *("--flush-cache", "--warmup-requests", str(_WARM_UP), "--disable-tqdm"),
-        *("--output-file", str(path), "--output-details"),
+    return [
+        *("--backend", "sglang", "--model", model, "--host", HOST, "--port", str(port)),
+        *("--request-rate", str(rate), "--seed", str(seed), "--flush-cache"),
+        *("--warmup-requests", str(_WARM_UP), "--disable-tqdm"),
         *load.client_arguments(workload, options.prompts, folder, seed, word),
     ]
-    local = {"NO_PROXY": HOST, "no_proxy": HOST}
-    what = _named(workload, rate)
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=options.load_deadline,
-            env={**os.environ, **local},
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LoadError(f"{what}: not done in {options.load_deadline:.0f} s") from error
-    if done.returncode != 0 or not path.exists():
-        raise LoadError(f"{what}: the client failed\n{(done.stdout + done.stderr)[-2000:]}")
-    record: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
-    return record
 
 
 def _named(workload: str, rate: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from thorough import rare
 from transformers import AutoTokenizer
 
-from benchmarks import load, schema, servers, serving, shapes
+from benchmarks import client, load, schema, servers, serving, shapes
 from benchmarks.forward_timer import NAME, SETTINGS, Settings
 from benchmarks.load import LoadError, Outcome, Target
 from benchmarks.servers import UNBALANCED, Contender, ServerError
@@ -182,7 +183,7 @@ def test_servers_take_turns_and_what_was_measured_is_kept(monkeypatch, tmp_path,
 
     outcome = load.outcome(RECORD, 3, TARGET)
     monkeypatch.setattr(serving, "running", running)
-    monkeypatch.setattr(serving, "_check_client", lambda: None)
+    monkeypatch.setattr(client, "check", lambda folder: None)
     monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", lambda *_: outcome)
     command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
@@ -214,7 +215,7 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
         return load.outcome(RECORD, 3, TARGET)
 
     monkeypatch.setattr(serving, "running", running)
-    monkeypatch.setattr(serving, "_check_client", lambda: None)
+    monkeypatch.setattr(client, "check", lambda folder: None)
     monkeypatch.setattr(serving, "_batches", lambda port: {})
     monkeypatch.setattr(serving, "_drive", drive)
     output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
@@ -257,36 +258,32 @@ def test_wrong_arguments_are_named(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_client_that_fails_or_hangs_is_named(monkeypatch):
-    place = Namespace(shape=None, prompts=1, load_deadline=0.5, ttft_ms=1.0, tpot_ms=1.0)
-    monkeypatch.setattr(serving, "_CLIENT", "no_such_module")
-    with pytest.raises(
-        LoadError, match=r"(?s)in512-out128 at 2 requests a second: the client.*no_such"
-    ):
-        serving._drive(replace_deadline(place, 60), "m", 1, "in512-out128", 2.0, 0)
+def test_a_client_that_fails_or_hangs_is_named(monkeypatch, tmp_path):
+    options = Namespace(shape=None, prompts=1, load_deadline=60, ttft_ms=1.0, tpot_ms=1.0)
+    (tmp_path / "hanging.py").write_text("import time\ndef cli_main(): time.sleep(600)\n")
+    monkeypatch.setattr(client, "MODULE", "no_such_module")
+    named = "in512-out128 at 2 requests a second"
+    with pytest.raises(LoadError, match=rf"(?s){named}: the client failed.*no_such_module"):
+        serving._drive(options, "m", 1, "in512-out128", 2.0, 0)
 
-    def hang(command, **kwargs):
-        raise subprocess.TimeoutExpired(command, kwargs["timeout"])
-
-    monkeypatch.setattr(subprocess, "run", hang)
-    with pytest.raises(LoadError, match="not done in 0 s"):
-        serving._drive(place, "m", 1, "in512-out128", 2.0, 0)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(client, "MODULE", "hanging")
+    options.load_deadline = 5
+    with pytest.raises(LoadError, match=f"{named}: not done in 5 s"):
+        serving._drive(options, "m", 1, "in512-out128", 2.0, 0)
+    assert not multiprocessing.active_children()
 
 
 def test_a_client_that_cannot_run_is_known_before_a_server_starts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(serving, "_CLIENT", "no_such_module")
+    monkeypatch.setattr(client, "MODULE", "no_such_module")
     monkeypatch.setattr(serving, "running", lambda *_, **__: pytest.fail("a server was started"))
     output = tmp_path / "serving.json"
     command = ["--model", "m", "--cpu", "--commit", "0123456", "--output", str(output)]
     assert serving.main(command) == 2
     said = capsys.readouterr().err
     assert "SGLang's client does not run here; install what it lacks" in said
-    assert "No module named no_such_module" in said
+    assert "No module named 'no_such_module'" in said
     assert not output.exists()
-
-
-def replace_deadline(place, seconds):
-    return Namespace(**{**vars(place), "load_deadline": seconds})
 
 
 @rare  # its client and a woven server: tests/test_clients.py
