@@ -5,6 +5,7 @@ import torch
 
 from sglang_tokenweave.plan import Mode
 from sglang_tokenweave.tuning import measure
+from sglang_tokenweave.weave import Stage
 
 
 class Event:
@@ -50,3 +51,22 @@ def test_on_a_cpu_a_run_is_timed_by_itself():
     device = torch.device("cpu")
     assert measure._in_a_row(Mode.DECODE, device) == 1
     assert 0 <= measure._time_us([lambda: None], device) < 1e6
+
+
+def test_what_comes_before_layers_left_out_ends_with_the_norm_of_what_comes_after_them():
+    def stage(name, norm):
+        return Stage(name, norm, 1e-5)
+
+    embedding = stage("embedding", "0 first")
+    layers = [
+        stage(f"{layer} {part}", norm)
+        for layer, after in ((0, "1 first"), (1, "2 first"), (2, "3 first"), (3, "last"))
+        for part, norm in (("attention", f"{layer} second"), ("mlp", after))
+    ]
+    stages = (embedding, *layers)
+    assert measure._without_layers(stages, 0) == stages
+    two_left_out = (layers[0], stage("0 mlp", "3 first"), *layers[6:])
+    assert measure._without_layers(stages, 2) == (embedding, *two_left_out)
+    assert measure._without_layers(stages, 3) == (stage("embedding", "3 first"), *layers[6:])
+    in_a_later_pipeline_stage = tuple(layers)
+    assert measure._without_layers(in_a_later_pipeline_stage, 2) == two_left_out

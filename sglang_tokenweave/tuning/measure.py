@@ -5,9 +5,9 @@ real Runtime does with it, in the graph that it would have: WEAVE of a prefill i
 all else in SGLang's. A time is that of the slowest rank, and so is the clock: all ranks see
 the same numbers, so that a search that decides by them does the same on all of them.
 
-Of a deep model only the first layers run, whatever runs them: the layers are alike, and capturing
-a graph takes as long as it has layers. Times are scaled to all layers, which counts what is outside
-of them several times; the weave has more of that than stock, so it is chosen no sooner.
+Of a deep model only the first layers and the last run, whatever runs them: layers are alike, and
+capturing a graph takes as long as it has layers. Times are scaled to all layers, which counts what
+is outside of them several times; the weave has more of that than stock, so it is chosen no sooner.
 
 A prefill is timed alone, with what the device waits for its start. Decodes come one after another:
 they are timed in a row, behind one that keeps the device busy while the next is prepared.
@@ -34,6 +34,7 @@ from sglang_tokenweave.stats import Stats
 from sglang_tokenweave.stock_graphs import Taken
 from sglang_tokenweave.tuning.clock import clock_of
 from sglang_tokenweave.tuning.table import OFF, Candidate
+from sglang_tokenweave.weave import Stage
 
 logger = logging.getLogger(__name__)
 MOST_LAYERS = 8  # that run
@@ -207,18 +208,17 @@ class Meter:
 
     @contextmanager
     def _shallow(self) -> Iterator[None]:
-        """Leave the layers after the first ones out."""
+        """Leave out all layers between the first ones and the last, which ends as no other does."""
         model = self._runtime.model
-        inner, end = model.inner, model.inner.end_layer
+        inner, layers, end = model.inner, model.inner.layers, model.inner.end_layer
         left_out = max(0, self._layers - MOST_LAYERS)
         inner.end_layer = end - left_out
-        # Two stages are of a layer. The last one's norm is that of the next layer then, as fast.
-        stages = model.stages[: len(model.stages) - 2 * left_out]
-        self._runtime.model = replace(model, stages=stages)
+        inner.layers = torch.nn.ModuleList([*layers[: inner.end_layer - 1], *layers[end - 1 :]])
+        self._runtime.model = replace(model, stages=_without_layers(model.stages, left_out))
         try:
             yield
         finally:
-            inner.end_layer, self._runtime.model = end, model
+            inner.layers, inner.end_layer, self._runtime.model = layers, end, model
 
     def _agree(self, times: list[list[float]], problems: list[str]) -> list[list[float]]:
         spent_s = time.perf_counter() - self._began
@@ -243,6 +243,16 @@ def differ(logits: torch.Tensor, stock: torch.Tensor) -> bool:
     if not bool(stock.isfinite().all()):
         return False
     return not bool((logits - stock).norm() <= MOST_DIFFERENCE * stock.norm())  # NaN differs
+
+
+def _without_layers(stages: tuple[Stage, ...], count: int) -> tuple[Stage, ...]:
+    """Return the stages without those of so many layers before the last; two are of a layer."""
+    if not count:
+        return stages
+    before = len(stages) - 2 * (count + 1)
+    # What comes before the last layer now has to end with that one's first norm.
+    joint = replace(stages[before - 1], weight=stages[-3].weight, eps=stages[-3].eps)
+    return (*stages[: before - 1], joint, *stages[-2:])
 
 
 def _problem(reason: str) -> str:
