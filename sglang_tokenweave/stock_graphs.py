@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sglang_tokenweave import seams
 from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.runtime import Runtime
@@ -46,6 +48,9 @@ class StockGraphs:
         mode = seams.capture_mode() if self.mode is Mode.DECODE else nullcontext()
         with mode, self._only(sizes):
             self.runner.capture()
+        # Between the pieces of a graph SGLang runs attention, on the capture's own stream. No
+        # replay waits for that, and would share its memory with it.
+        torch.cuda.synchronize()
 
     @contextmanager
     def _only(self, sizes: Sequence[int]) -> Iterator[None]:

@@ -26,6 +26,7 @@ from sglang_tokenweave.runtime import Runtime
 from sglang_tokenweave.tuning.measure import Meter, NotMeasurableError, differ
 from sglang_tokenweave.tuning.table import OFF, Candidate
 from sglang_tokenweave.waves import GemmShape, LayerShape
+from sglang_tokenweave.weave import Stage
 
 FUSE_8, FUSE_16 = (Candidate(Kind.FUSE, fuse_ctas=ctas) for ctas in (8, 16))
 WEAVE = Candidate(Kind.WEAVE, ctas=8, fuse_ctas=16)
@@ -45,16 +46,17 @@ class OurModel:
 
     place: Any
     inner: Any
-    stages: tuple[str, ...]
+    stages: tuple[Stage, ...]
     layer: LayerShape = LAYER
     num_sms: int = 132
 
 
 def model_of(group, layers=4):
     place = SimpleNamespace(group=SimpleNamespace(cpu_group=group), is_whole=True)
-    inner = SimpleNamespace(start_layer=0, end_layer=layers)
-    stages = ("embedding", *(f"{part} {i}" for i in range(layers) for part in ("attn", "mlp")))
-    return OurModel(place, inner, stages)
+    modules = torch.nn.ModuleList(torch.nn.Identity() for _ in range(layers))
+    inner = SimpleNamespace(start_layer=0, end_layer=layers, layers=modules)
+    names = ("embedding", *(f"{part} {i}" for i in range(layers) for part in ("attn", "mlp")))
+    return OurModel(place, inner, tuple(Stage(name, f"norm after {name}") for name in names))
 
 
 class OurRuntime(SimpleNamespace):
@@ -84,11 +86,13 @@ class Runner:
         self.fails_at = None
         self.depths = {}  # layers of each size's last capture
         self.said_so = False  # that it captures, as SGLang's code asks
+        self.is_done = True  # what runs beside its graphs' pieces while they are captured
         setattr(self, sizes_name, sizes)
         self.capture()
 
     def capture(self):
         self.said_so = is_capturing()
+        self.is_done = False
         for size in reversed(getattr(self, self.sizes_name)):
             plan = self.runtime.plan_in_graph(self.mode, size)
             self.runtime.kinds_in_graphs[self.mode, size] = plan.kind
@@ -112,6 +116,11 @@ def server(runtime, table=NOTHING):
         ),
         decode_cuda_graph_runner=Runner(Mode.DECODE, "capture_bs", [1, 2, 4], runtime),
     )
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
 def fuse_from(tokens, mode=Mode.PREFILL, ctas=16):
@@ -145,6 +154,19 @@ def test_graphs_of_some_sizes_are_captured_again_and_put_back():
     prefill.put_back(fused)
     assert backend.graphs[128] == (Kind.FUSE, 16)
     assert backend.pool == "a pool"
+
+
+def test_a_capture_is_over_before_a_graph_is_replayed(monkeypatch):
+    """Attention between the pieces runs on the capture's stream, for which no replay waits."""
+    runtime = OurRuntime()
+    for graphs in stock_graphs.find(server(runtime), runtime):
+
+        def finish(runner=graphs.runner):
+            runner.is_done = True
+
+        monkeypatch.setattr(torch.cuda, "synchronize", finish)
+        graphs.capture(graphs.sizes[:1])
+        assert graphs.runner.is_done
 
 
 def test_warm_ups_of_decode_graphs_count_as_captures():
@@ -256,19 +278,21 @@ def test_off_is_stock_also_where_thresholds_fuse():
     assert set(after.values()) == {(Kind.FUSE, 16)}
 
 
-def test_of_a_deep_model_the_first_layers_are_timed():
+def test_of_a_deep_model_the_first_layers_and_the_last_are_timed():
     def prepare(group):
         timer, model_runner, runtime = meter(group, layers=20)
         prefill = model_runner.prefill_cuda_graph_runner
-        stages = runtime.model.stages
+        stages, layers = runtime.model.stages, runtime.model.inner.layers
         with timer._aside():
-            assert runtime.model.stages == stages[:17]
+            assert runtime.model.stages[:-3] == stages[:14]
+            assert runtime.model.stages[-2:] == stages[-2:]
+            assert list(runtime.model.inner.layers) == [*layers[:7], layers[19]]
             timer._bring_about(OFF, Mode.PREFILL, 100)
             assert prefill.depths == {64: 20, 128: 8, 512: 20}
             during = dict(prefill.backend.graphs)
             timer._bring_about(OFF, Mode.PREFILL, 100)
         assert runtime.model.stages == stages
-        assert runtime.model.inner.end_layer == 20
+        assert (runtime.model.inner.end_layer, runtime.model.inner.layers) == (20, layers)
         return during, timer._agree([[1.0, 2.0]], [])
 
     ((during, times),) = World(1).run(prepare)
@@ -392,6 +416,7 @@ def test_every_release_has_what_is_used_of_its_runners(version):
     for name in ("llama", "qwen2", "qwen2_moe", "mixtral"):  # the others inherit their loop
         model = (srt / "models" / f"{name}.py").read_text()
         assert "for i in range(self.start_layer, self.end_layer):" in model
+        assert "self.layers[i]" in model
     for name in ("full", "breakable"):
         backend = (root / "runner_backend" / f"{name}_cuda_graph_backend.py").read_text()
         assert "self._graphs: Dict[" in backend

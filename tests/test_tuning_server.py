@@ -154,7 +154,9 @@ def _with_a_large_last_norm(model: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("version", ["0.5.17", pytest.param("0.5.21", marks=rare)])
+@pytest.mark.parametrize(
+    "version", ["0.5.17", *(pytest.param(each, marks=rare) for each in ("0.5.21", "0.5.23"))]
+)
 def test_other_releases_of_sglang_run_the_same_batches_of_few_layers(
     version: str, model: Callable[[str], Path], stock: Callable[..., Answers], tmp_path: Path
 ) -> None:

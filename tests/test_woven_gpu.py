@@ -116,6 +116,27 @@ def test_the_one_shot_op_runs_in_stock_graphs(model, tp, stock, in_float32, tmp_
     assert error_of_decoded(found, in_float32) <= 1.1 * error_of_decoded(stock[1], in_float32)
 
 
+def test_a_deep_model_is_tuned_by_few_of_its_layers(tp, emulation, tmp_path):
+    """Each candidate has to give stock's logits at once, in a graph captured for it and replayed.
+
+    Large prompts: attention of a capture that is not over takes long enough to disturb a replay.
+    """
+    from sglang_tokenweave.tiny_model import make_tiny_model
+
+    deep = MODEL | {"num_hidden_layers": 12, "num_attention_heads": 32}
+    folder = make_tiny_model("llama", tmp_path / "deep", "bfloat16", **deep)
+    flags = ("--tokenweave-strict", "--max-running-requests", "16", "--tokenweave-tune", "force")
+    sizes = ("--chunked-prefill-size", "8192", "--cuda-graph-bs-prefill", "512", "2048", "8192")
+    times = ("--tokenweave-tune-seconds", "15", "--tokenweave-table", str(tmp_path / "table.yaml"))
+    with server(folder, tp, "tokenweave", (*flags, *sizes, *times), emulation) as running:
+        state = running.tokenweave()
+    assert (state["notes"], state["tuned"]["source"]) == ([], "measured")
+    table, _ = read_file(tmp_path / "table.yaml")
+    assert {Kind.OFF, Kind.FUSE, Kind.WEAVE} <= {
+        each.candidate.kind for bucket in table.buckets for each in bucket.measured
+    }
+
+
 def by_one_shot(tokens):
     """Return a bucket of decodes that chooses the one-shot op."""
     candidates = (OFF, Candidate(Kind.FUSE))
