@@ -30,8 +30,8 @@ LOG: list[object] = []
 @pytest.mark.parametrize(
     ("mode", "us", "order"),
     [
-        # Its start counts: the device has nothing to do.
-        (Mode.PREFILL, 6000, ["idle", "event", 0, "event", "waits"]),
+        # Behind one of its own, for its power; its start counts: the device has nothing to do.
+        (Mode.PREFILL, 6000, ["idle", 0, "idle", "event", 1, "event", "waits"]),
         # Behind one that keeps the device busy, as a server's steps are.
         (Mode.DECODE, 2000, ["idle", 0, "event", 1, 2, 3, "event", "waits"]),
     ],
@@ -43,14 +43,14 @@ def test_what_is_timed(mode, us, order, monkeypatch):
     device = torch.device("cuda")
     count = measure._in_a_row(mode, device)
     runs = [lambda number=number: LOG.append(number) for number in range(count)]
-    assert measure._time_us(runs, device) == us
+    assert measure._time_us(runs, device, mode) == us
     assert order == LOG
 
 
 def test_on_a_cpu_a_run_is_timed_by_itself():
     device = torch.device("cpu")
     assert measure._in_a_row(Mode.DECODE, device) == 1
-    assert 0 <= measure._time_us([lambda: None], device) < 1e6
+    assert 0 <= measure._time_us([lambda: None], device, Mode.PREFILL) < 1e6
 
 
 def test_what_comes_before_layers_left_out_ends_with_the_norm_of_what_comes_after_them():

@@ -9,13 +9,16 @@ Of a deep model only the first layers and the last run, whatever runs them: laye
 capturing a graph takes as long as it has layers. Times are scaled to all layers, which counts what
 is outside of them several times; the weave has more of that than stock, so it is chosen no sooner.
 
-A prefill is timed alone, with what the device waits for its start. Decodes come one after another:
-they are timed in a row, behind one that keeps the device busy while the next is prepared.
+A prefill is timed with what the device waits for its start. Decodes come one after another: they
+are timed in a row, behind one that keeps the device busy while the next is prepared. Both run
+behind one of their own kind, in an order that changes: a GPU at its power limit gives more to what
+follows a batch that waited for the link, and less to what follows one that did not.
 
 Before it is timed, a candidate has to give stock's logits, roughly: no table has one that is wrong.
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +45,7 @@ MOST_LAYERS = 8  # that run
 # it has to be large; logits that have nothing to do with stock's are sqrt(2) away.
 MOST_DIFFERENCE = 0.5
 _COMPARED_ROWS = 8
-_DECODES_IN_A_ROW = 4
+_IN_A_ROW = {Mode.PREFILL: 2, Mode.DECODE: 4}  # of which the first is not timed
 
 
 class NotMeasurableError(RuntimeError):
@@ -134,11 +137,12 @@ class Meter:
                     output = run()
                     self._compare(candidate, mode, tokens, seams.next_token_logits(output))
                     self._warm.add(candidate)
-            for _ in range(rounds):
+            for number in range(rounds):
                 self._group.gather(None)
-                for candidate, found in zip(candidates, times, strict=True):
-                    runs = prepared(candidate, _in_a_row(mode, slots[0].device))
-                    found.append(_time_us(runs, slots[0].device))
+                order = random.Random(f"{mode} {tokens} {number}")  # the same on all ranks
+                for index in order.sample(range(len(candidates)), len(candidates)):
+                    runs = prepared(candidates[index], _in_a_row(mode, slots[0].device))
+                    times[index].append(_time_us(runs, slots[0].device, mode))
 
     def _compare(self, candidate: Candidate, mode: Mode, tokens: int, logits: torch.Tensor) -> None:
         # A copy: a graph writes into the same memory again.
@@ -273,18 +277,20 @@ def _always(mode: Mode, candidate: Candidate) -> PlanTable:
 
 def _in_a_row(mode: Mode, device: torch.device) -> int:
     # A CPU prepares nothing ahead.
-    return _DECODES_IN_A_ROW if mode is Mode.DECODE and device.type == "cuda" else 1
+    return _IN_A_ROW[mode] if device.type == "cuda" else 1
 
 
-def _time_us(runs: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Return how long the device works on one of `runs`, the wait for its start included.
+def _time_us(runs: Sequence[Callable[[], object]], device: torch.device, mode: Mode) -> float:
+    """Return how long the device works on one of `runs`; of several the first is not timed.
 
-    Of several the first is not timed: it keeps the device busy.
+    Prefills start on an idle device, and the wait for that is included.
     """
     ahead, timed = (runs[:1], runs[1:]) if len(runs) > 1 else ([], runs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     for run in ahead:
         run()
+    if device.type == "cuda" and mode is Mode.PREFILL:
+        torch.cuda.synchronize(device)
     _, read_us = clock_of(device).time(lambda: [run() for run in timed])
     return read_us() / len(timed)
