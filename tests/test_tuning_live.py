@@ -55,13 +55,13 @@ class Clock:
         return is_woven, lambda: self._times_us[is_woven]
 
 
-def play(woven_us, batches=60, batch=BATCH):
+def play(woven_us, batches=96, batch=BATCH):
     """Run batches on two ranks, of which the second one feels how long a woven one takes."""
 
     def on_rank(group):
         runtime = Runtime()
         live = Live(runtime, group, torch.device("cpu"))
-        live._guard.period = 2
+        live._guard.period = 4
         live._clock = Clock(100.0, woven_us if group.rank else 50.0)
         woven = [runtime.run(live, batch) for _ in range(batches)]
         assert not runtime.runs_stock
@@ -77,8 +77,8 @@ def test_all_ranks_drop_a_losing_plan_with_the_same_batch(caplog):
     (one, drops), (other, drops_too) = play(101.0)
     assert one == other
     assert drops == drops_too == {("prefill", "64"): 1}
-    # Of two batches one runs stock; 18 pairs, and the next sample finds out.
-    assert one == [False, True] * 18 + [False] * 24
+    # Of four batches two run stock; 18 pairs, and the next sample finds out.
+    assert one == [False, False, True, True] * 18 + [False] * 24
     (record,) = caplog.records
     assert "drops a plan that loses on this load: weave of prefill batches from 64 tokens" in (
         record.getMessage()
@@ -95,8 +95,8 @@ def test_batches_that_no_row_plans_are_not_counted(batch):
 
 def test_a_plan_that_wins_on_all_ranks_stays():
     for woven, drops in play(99.0):
-        assert woven[:12] == [False, True] * 6  # a proof, which is seen with the pair after it
-        assert 6 <= woven.count(False) < 15
+        assert woven[:24] == [False, False, True, True] * 6  # a proof, seen with the pair after it
+        assert 12 <= woven.count(False) < 24
         assert not drops
 
 
@@ -104,7 +104,7 @@ def test_an_error_of_a_batch_passes_and_leaves_the_next_one_alone():
     def on_rank(group):
         runtime = Runtime()
         live = Live(runtime, group, torch.device("cpu"))
-        live._guard.period = 1
+        live._guard.period = 4
 
         def fails():
             raise MemoryError

@@ -1,8 +1,10 @@
 """Notice that a plan loses on the live load, and drop it: a pure state machine, fed with times.
 
 A table is measured on an idle machine. Later, clocks fall, neighbours move in, requests are of
-other lengths. So now and then a batch that would be woven or fused runs stock, and the next one of
-its kind runs as planned: a pair. The pair is lost if the planned one took longer for each token.
+other lengths. So now and then two batches that would be woven or fused run stock, and the next two
+of their kind run as planned. The second of each is timed, the first lets a GPU at its power limit
+come to the clocks that such batches have: a pair, lost if the planned one took longer for each
+token.
 
 The rule is Wald's sequential probability ratio test (1945) of "half of the pairs are lost or fewer"
 against "three quarters are". While the first is true the ratio is a martingale that starts at 1, so
@@ -24,6 +26,7 @@ PERIOD = 64  # eligible batches of a bucket from one pair to the next, before it
 _RARER, _RAREST = 4, 16  # as many times
 _LOST = math.log(0.75 / 0.5)
 _WON = math.log(0.25 / 0.5)
+_STOCK_TURNS, _SAMPLED_TURNS = (3, 2), (2, 0)  # batches before the end of a period
 _DROP = math.log(1000)
 _PROVEN = math.log(1 / 20)
 
@@ -57,12 +60,12 @@ class Guard:
         if bucket.batches == bucket.period:
             bucket.batches, bucket.period = 0, bucket.next_period
         bucket.batches += 1
-        return bucket.batches == bucket.period - 1
+        return bucket.period - bucket.batches in _STOCK_TURNS
 
     def is_sampled(self, key: Hashable) -> bool:
         """Whether the batch counted last is one of a pair, so that its time is wanted."""
         bucket = self.buckets[key]
-        return not bucket.is_dropped and bucket.batches >= bucket.period - 1
+        return not bucket.is_dropped and bucket.period - bucket.batches in _SAMPLED_TURNS
 
     def add(self, key: Hashable, *, is_stock: bool, us: float, num_tokens: int) -> bool:
         """Take a sampled batch's time on the slowest rank; return whether that drops the plan."""
