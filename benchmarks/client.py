@@ -60,7 +60,7 @@ def drive(arguments: Sequence[str], folder: Path, deadline_s: float) -> dict[str
 def _run(arguments: Sequence[str], log: Path, deadline_s: float) -> int | None:
     """Return the client's exit status; None: it was not done in time, and is no more."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([MODULE])
+    context.set_forkserver_preload(["benchmarks.preload_client"])
     process = context.Process(target=_become, args=(MODULE, list(arguments), str(log)))
     process.start()
     try:

@@ -286,6 +286,28 @@ def test_a_client_that_cannot_run_is_known_before_a_server_starts(monkeypatch, t
     assert not output.exists()
 
 
+def test_so_is_one_that_lacks_a_library(tmp_path):
+    """Its import fails in the process that imports it for all loads."""
+    folder = tmp_path / "sglang" / "benchmark"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "serving.py").write_text('raise OSError("libx.so: cannot open shared object file")\n')
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving", "--model", "m", "--cpu", *output],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "SGLang's client does not run here; install what it lacks" in done.stderr
+    assert "libx.so: cannot open shared object file" in done.stderr
+    assert not (tmp_path / "serving.json").exists()
+
+
 @rare  # its client and a woven server: tests/test_clients.py
 @pytest.mark.server
 def test_it_drives_real_servers_with_sglangs_client(model, tmp_path, capsys):
