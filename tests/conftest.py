@@ -1,4 +1,4 @@
-"""Fixtures that servers share: tiny models and the answers of stock servers, once a session."""
+"""Fixtures that files share: tiny models and the answers of stock servers, once a session."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -76,6 +76,12 @@ def undisturbed(
 ) -> faults.Undisturbed:
     """Return what a stock server answers to the questions of tests/faults.py."""
     return stock_llama[1]
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody wait for a GPU, whose runners are stand-ins."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
 
 
 @pytest.fixture

@@ -15,10 +15,7 @@ from sglang_tokenweave import capturing, seams, stock_graphs
 from sglang_tokenweave.agreement import DisagreementError
 from sglang_tokenweave.plan import Kind, Mode
 
-
-@pytest.fixture(autouse=True)
-def no_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+pytestmark = pytest.mark.usefixtures("no_device")
 
 
 def test_what_there_is_and_which_graph_holds_a_batch():

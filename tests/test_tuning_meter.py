@@ -18,9 +18,7 @@ FUSE_8, FUSE_16 = (Candidate(Kind.FUSE, fuse_ctas=ctas) for ctas in (8, 16))
 WEAVE = Candidate(Kind.WEAVE, ctas=8, fuse_ctas=16)
 
 
-@pytest.fixture(autouse=True)
-def no_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+pytestmark = pytest.mark.usefixtures("no_device")
 
 
 def meter(group, table=NOTHING, layers=4):
