@@ -7,6 +7,8 @@ from sglang_tokenweave.tuning.table import LEAST_SMS, OFF, Candidate
 from sglang_tokenweave.waves import ROW_STEP, LayerShape, cut_beside
 
 _MOVED = (-256, 256)  # tokens: the height of a tile
+# Where there is no time for all candidates, the middle is tried with the most promising CTAs.
+_TRIED_SOONER = 2
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,29 @@ class Space:
         ]
         if mode is Mode.DECODE:  # two halves read all weights twice; one token is cut nowhere
             return [OFF, *fuses, *as_planned]
+        in_the_middle = [
+            replace(each, cut_offset=self._to_the_middle(num_tokens, each.ctas))
+            for each in as_planned
+        ]
         moved = [
             replace(each, cut_offset=offset)
             for each in as_planned
-            for offset in self._offsets(num_tokens, each.ctas)
+            for offset in _MOVED
+            if num_tokens >= 4 * abs(offset)  # a half shorter than a quarter hides nothing
         ]
-        return [OFF, *as_planned, *fuses, *moved]
+        sooner, later = in_the_middle[:_TRIED_SOONER], in_the_middle[_TRIED_SOONER:]
+        # What is as planned comes again wherever the planner cuts in the middle itself.
+        return list(dict.fromkeys([OFF, *as_planned, *sooner, *fuses, *later, *moved]))
 
-    def _offsets(self, num_tokens: int, ctas: int) -> list[int]:
-        """Return how far from the planner's cut others are worth a try: the middle is one.
+    def _to_the_middle(self, num_tokens: int, ctas: int) -> int:
+        """Return how far the middle is from the planner's cut: 0 if nothing tells.
 
         The planner saves waves, of whatever GEMM; the middle hides the most communication.
         """
-        offsets = list(_MOVED)
-        if self.layer is not None and num_tokens >= 4 * ROW_STEP:
-            planned = cut_beside((num_tokens,), self.layer, self.sms - ctas, 0, ROW_STEP)
-            offsets.insert(0, num_tokens // 2 // ROW_STEP * ROW_STEP - planned)
-        # A half shorter than a quarter hides nothing.
-        return [each for each in dict.fromkeys(offsets) if each and num_tokens >= 4 * abs(each)]
+        if self.layer is None or num_tokens < 4 * ROW_STEP:
+            return 0
+        planned = cut_beside((num_tokens,), self.layer, self.sms - ctas, 0, ROW_STEP)
+        return num_tokens // 2 // ROW_STEP * ROW_STEP - planned
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:
