@@ -28,6 +28,9 @@ _TILES = [Tile(a, b) for a in (64, 128, 192, 256) for b in range(16, 257, 16) if
 _COUNTING_TILES = (Tile(128, 256), Tile(128, 128))
 _COUNTING_TOKENS = 2048  # half of a 4096-token batch
 _GROUPED_TILE = Tile(128, 64)  # of a Triton fused-MoE kernel, which has no clusters
+# Of the tokens, as one part of so many. Of the cuts that two H200 and four H100 measured, those in
+# these bounds were 0.4 % slower than the best one of their size and CTAs, with bounds of 1/8 0.9 %.
+_OFF_THE_MIDDLE = 32
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,12 @@ def counting_tile(gemm: GemmShape, num_sms: int) -> Tile:
 
 
 def best_cut(lengths: tuple[int, ...], layer: LayerShape, num_sms: int, align: int = 1) -> int:
-    """Return the tokens of the first half for the fewest waves, under TokenWeave's rule.
+    """Return the tokens of the first half for the fewest waves close to the middle.
 
-    The rule (arXiv 2505.11329): the halves take no more waves than the whole, where a cut between
-    1/4 and 3/4 of the tokens can do that. Cuts between 3/8 and 5/8 come first, because each half
-    has to hide the other's communication; a cut outside needs the rule as its reason. Ties go to
-    the most even cut, then to one between two requests, then to the smaller.
+    TokenWeave (arXiv 2505.11329) wants no more waves of the halves than of the whole. But a half
+    that is shorter hides less of the other's communication, and that soon costs more than a wave:
+    cuts are at most 1/32 of the tokens off the middle, or the most even that `align` allows. Ties
+    go to the most even cut, then to one between two requests, then to the smaller.
 
     Args:
         lengths: new tokens of each request, in batch order.
@@ -197,18 +200,16 @@ def _best_cuts(num_tokens: int, layer: LayerShape, num_sms: int, align: int) -> 
         raise ValueError(f"{num_tokens} tokens hold no multiple of align={align} strictly inside")
     grids = [_grid(gemm, counting_tile(gemm, num_sms), num_sms) for gemm in layer.gemms]
     unevenness = {cut: abs(2 * cut - num_tokens) for cut in _candidates(num_tokens, grids, align)}
-    tolerated = max(num_tokens // 4, min(unevenness.values()))
+    tolerated = max(2 * num_tokens // _OFF_THE_MIDDLE, min(unevenness.values()))
 
     def waves_of_halves(cut: int) -> int:
         return sum(grid.waves(cut) + grid.waves(num_tokens - cut) for grid in grids)
 
-    counts = {cut: waves_of_halves(cut) for cut, off in unevenness.items() if off <= tolerated}
-    whole = sum(grid.waves(num_tokens) for grid in grids)
-    if min(counts.values()) > whole:
-        wider = {cut for cut, off in unevenness.items() if off <= max(num_tokens // 2, tolerated)}
-        keeping = {cut: count for cut in wider if (count := waves_of_halves(cut)) <= whole}
-        counts = keeping or counts
-    costs = {cut: (count, unevenness[cut]) for cut, count in counts.items()}
+    costs = {
+        cut: (waves_of_halves(cut), uneven)
+        for cut, uneven in unevenness.items()
+        if uneven <= tolerated
+    }
     best = min(costs.values())
     return tuple(cut for cut, cost in costs.items() if cost == best)
 

@@ -117,7 +117,7 @@ def test_bad_arguments(path, capsys, tokens, mode, message):
 
 
 def test_bad_tables(path, tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("format: 2")
+    (tmp_path / "bad.yaml").write_text("format: 3")
     assert explain.main(["--table", str(tmp_path / "bad.yaml"), "--tokens", "5"]) == 2
     assert "bad.yaml, line 1" in capsys.readouterr().err
     (tmp_path / "empty.yaml").write_text(to_text(table()))

@@ -98,7 +98,7 @@ def test_a_file_that_one_rank_cannot_read_is_named_on_all(path):
 
 
 def test_a_file_that_no_rank_can_read_is_an_error_of_the_file(path):
-    path.write_text("format: 1")
+    path.write_text("format: 2")
     for found in find(table=str(path)):
         assert isinstance(found, TableError)
         assert "tuned.yaml, line 1" in str(found)

@@ -61,7 +61,7 @@ def corrupt(path):
 
 
 def other_version(path):
-    path.write_text(path.read_text().replace("format: 1", "format: 99"))
+    path.write_text(path.read_text().replace("format: 2", "format: 99"))
 
 
 def too_large(path):
@@ -100,7 +100,7 @@ def open_folder(path):
     [
         (truncated, r"line \d+"),
         (corrupt, "codec"),
-        (other_version, "line 2, field format: got 99; this release reads 1: tune again"),
+        (other_version, "line 2, field format: got 99; this release reads 2: tune again"),
         (too_large, "longer than"),
         (of_another_key, "it is of another key: gpu 'NVIDIA B200' .here 'NVIDIA H200'"),
         (writable_by_others, "it is no file of this user alone"),

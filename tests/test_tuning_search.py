@@ -10,19 +10,8 @@ from sglang_tokenweave.tuning.halving import FINAL_ROUNDS
 from sglang_tokenweave.tuning.search import search
 from sglang_tokenweave.tuning.space import Space, bucket_sizes
 from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF, Candidate
-from sglang_tokenweave.waves import cut_beside, transformer_layer
 
 SPACE = Space(sms=132, ctas=(0, 4, 8, 16), fuse_ctas=(8, 16, 32))
-TP8_RANK = transformer_layer(
-    hidden=8192,
-    heads=16,
-    kv_heads=2,
-    head_dim=128,
-    intermediate=7168,
-    experts=1,
-    top_k=1,
-    world_size=2,
-)
 SIZES = [
     *((Mode.PREFILL, tokens) for tokens in bucket_sizes(8192, 128)),
     *((Mode.DECODE, tokens) for tokens in bucket_sizes(256, 8)),
@@ -250,31 +239,6 @@ def test_ops_that_are_the_same_whatever_their_ctas_are_tried_once():
             for n in (512, 1024, 1025)
         ]
         assert tried == [[0, 8], [8], [8, 16, 32]]
-
-
-def test_the_middle_is_tried_where_the_planner_does_not_cut_there():
-    layer, space = TP8_RANK, replace(SPACE, layer=TP8_RANK)
-    for num_tokens in (600, 1024, 4096, 8192):
-        woven = [
-            each
-            for each in space.candidates(Mode.PREFILL, num_tokens)
-            if each.kind is Kind.WEAVE and each.ctas == 0
-        ]
-        cuts = {cut_beside((num_tokens,), layer, 132, each.cut_offset, 128) for each in woven}
-        assert num_tokens // 2 // 128 * 128 in cuts
-        assert len(cuts) == len(woven)
-    assert {each.cut_offset for each in woven} == {0, 1024, -256, 256}
-
-
-def test_the_middle_is_tried_before_the_op_alone_where_time_is_short():
-    space = replace(SPACE, layer=TP8_RANK)
-    tried = space.candidates(Mode.PREFILL, 8192)
-    fuse = min(tried.index(each) for each in tried if each.kind is Kind.FUSE)
-    weaves = [(each.ctas, each.cut_offset) for each in tried[1:fuse]]
-    planned = [(ctas, 0) for ctas in SPACE.ctas]
-    assert weaves[: len(planned)] == planned
-    assert [ctas for ctas, _ in weaves[len(planned) :]] == list(SPACE.ctas[:2])
-    assert len(set(tried)) == len(tried)
 
 
 @pytest.mark.parametrize(

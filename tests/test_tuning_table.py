@@ -67,11 +67,11 @@ OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0, rounds: 15}"
     ("old", "new", "message"),
     [
         (
-            "format: 1",
             "format: 2",
-            r"line 2, field format: got 2; this release reads 1: tune again",
+            "format: 3",
+            r"line 2, field format: got 3; this release reads 2: tune again",
         ),
-        ("format: 1\n", "", r"line 2, field of the table: format is missing"),
+        ("format: 2\n", "", r"line 2, field of the table: format is missing"),
         ("sms: 132", "sms: 0", r"line 6, field key\.sms: got 0; expected an integer from 1"),
         ("sms: 132", "sms: 1e2", r"line 6, field key\.sms: got '1e2'; expected a whole number"),
         ("sms: 132", "sms: '132'", r"line 6, field key\.sms: got '132'; expected a whole number"),
@@ -135,11 +135,11 @@ OFF_LINE = "- {kind: off, us: 100.0, spread_us: 1.0, rounds: 15}"
         ("fuse_ctas: 16}", "ctas: 8, fuse_ctas: 16}", r"(ctas: got 8; expected 0|given twice)"),
         ("buckets:", "buckets: 1\nother:", r"(unknown|not YAML)"),
         ("key:", "key: &a", r"line 4: anchors and aliases are not allowed"),
-        ("format: 1", "format: *a", r"line 2: anchors and aliases are not allowed"),
+        ("format: 2", "format: *a", r"line 2: anchors and aliases are not allowed"),
         ("key:", "key: !!python/object:os.system", r"line 4: tag tag:yaml.org,2002:python/ob"),
         ("key:", "key", r"line \d+: the text is not YAML"),
-        ("format: 1", "format: [[[[[[[[1]]]]]]]]", r"line 2: nested too deeply"),
-        ("format: 1", "? [a]\n: 1", r"line 2, field \(not a word\): unknown"),
+        ("format: 2", "format: [[[[[[[[1]]]]]]]]", r"line 2: nested too deeply"),
+        ("format: 2", "? [a]\n: 1", r"line 2, field \(not a word\): unknown"),
         ("H200", "H\x01", r"line \d+: the text is not YAML"),
     ],
 )
@@ -349,19 +349,36 @@ def test_the_one_shot_op_is_told_by_zero_ctas_and_takes_few_tokens():
         Bucket(Mode.DECODE, 513, one_shot, measured)
 
 
-def test_what_two_gpus_measured_bears_out_the_search_and_the_cut():
-    """Of a table from two H200: the choice beats all that ran, the planner's cut its neighbours.
+MEASURED = [
+    ROOT / "examples" / "h200-tp8rank-tp2.yaml",
+    *sorted((ROOT / "benchmarks" / "results" / "tables").glob("*-h200x2.yaml")),
+]
 
-    Both within 2 %, of which the medians' own spreads are half.
-    """
-    found, _ = read_file(ROOT / "examples" / "h200-tp8rank-tp2.yaml")
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_what_two_gpus_measured_bears_out_the_choice(path):
+    """The choice is within 2 % of all that ran, of which the medians' own spreads are half."""
+    found, _ = read_file(path)
     assert [each.tokens for each in found.of_mode(Mode.PREFILL)] == [64 << n for n in range(8)]
-    moved = 0
     for size in found.buckets:
         us = {each.candidate: each.us for each in size.measured}
         assert us[size.chosen] <= 1.02 * min(us.values())
-        here = replace(size.chosen, cut_offset=0)
-        cuts = [us[one] for one in us if replace(one, cut_offset=0) == here]
-        assert us[here] <= 1.02 * min(cuts)
-        moved += len(cuts) > 1
-    assert moved == 4
+
+
+def test_what_two_gpus_measured_bears_out_the_planners_cut():
+    """Of the cuts that were tried with the chosen CTAs, the planner's is within 2 % of the best.
+
+    A half per cent more is allowed: the medians of the closest ones have spreads of 1.4 %.
+    """
+    losses = []
+    for path in MEASURED:
+        found, _ = read_file(path)
+        for size in found.of_mode(Mode.PREFILL):
+            us = {each.candidate: each.us for each in size.measured}
+            planned = replace(size.chosen, cut_offset=0)
+            cuts = [us[each] for each in us if replace(each, cut_offset=0) == planned]
+            if planned in us and len(cuts) > 1:  # a table made by an older planner may lack it
+                losses.append(us[planned] / min(cuts) - 1)
+    assert len(losses) >= 12
+    assert max(losses) <= 0.025
+    assert sum(losses) / len(losses) <= 0.005

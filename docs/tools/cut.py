@@ -1,7 +1,7 @@
 """Draw why the planner cuts where it does: docs/images/cut.svg, from `waves.py` itself.
 
 `python docs/tools/cut.py [OUT]`: the waves of a layer of Llama-3.3-70B at TP=2 on 128 SMs, of both
-halves together, for every cut of 3000 tokens.
+halves together, for every cut of 2100 tokens.
 """
 
 import sys
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from sglang_tokenweave.waves import best_cut, dense_layer, layer_waves
 
 OUT = Path(__file__).resolve().parents[1] / "images" / "cut.svg"
-TOKENS, SMS = 3000, 128
+TOKENS, SMS = 2100, 128
 LAYER = dense_layer(8192, 64, 8, 128, 28672, world_size=2)
 
 
@@ -26,6 +26,7 @@ def main(out: Path) -> None:
     best = best_cut((TOKENS,), LAYER, SMS, 1)
     mpl.rcParams.update({"svg.hashsalt": "tokenweave", "font.size": 8, "svg.fonttype": "none"})
     figure, axis = plt.subplots(figsize=(9, 2.4), layout="constrained")
+    axis.axvspan(TOKENS / 2 * 15 / 16, TOKENS / 2 * 17 / 16, color="#dddddd", label="allowed")
     axis.step(cuts, both, where="mid", color="#3b6ea5", label="both halves")
     axis.axhline(layer_waves(LAYER, TOKENS, SMS), color="#777777", ls="--", label="unsplit")
     axis.axvline(best, color="#d08a2e", label=f"chosen: {best}")

@@ -4,11 +4,8 @@ from dataclasses import dataclass, replace
 
 from sglang_tokenweave.plan import MOST_ONE_SHOT_TOKENS, Kind, Mode
 from sglang_tokenweave.tuning.table import LEAST_SMS, OFF, Candidate
-from sglang_tokenweave.waves import ROW_STEP, LayerShape, cut_beside
 
 _MOVED = (-256, 256)  # tokens: the height of a tile
-# Where there is no time for all candidates, the middle is tried with the most promising CTAs.
-_TRIED_SOONER = 2
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,6 @@ class Space:
     ctas: tuple[int, ...]  # beside a computation; 0: the copy engines
     fuse_ctas: tuple[int, ...]  # of the op alone
     smallest_woven_decode: int = 2  # requests
-    layer: LayerShape | None = None  # of the model: tells the planner's cut from the middle
     has_one_shot: bool = False
     alike_tokens: int = 0  # ops alone of up to so many are the same, whatever their CTAs
 
@@ -39,29 +35,13 @@ class Space:
         ]
         if mode is Mode.DECODE:  # two halves read all weights twice; one token is cut nowhere
             return [OFF, *fuses, *as_planned]
-        in_the_middle = [
-            replace(each, cut_offset=self._to_the_middle(num_tokens, each.ctas))
-            for each in as_planned
-        ]
         moved = [
             replace(each, cut_offset=offset)
             for each in as_planned
             for offset in _MOVED
             if num_tokens >= 4 * abs(offset)  # a half shorter than a quarter hides nothing
         ]
-        sooner, later = in_the_middle[:_TRIED_SOONER], in_the_middle[_TRIED_SOONER:]
-        # What is as planned comes again wherever the planner cuts in the middle itself.
-        return list(dict.fromkeys([OFF, *as_planned, *sooner, *fuses, *later, *moved]))
-
-    def _to_the_middle(self, num_tokens: int, ctas: int) -> int:
-        """Return how far the middle is from the planner's cut: 0 if nothing tells.
-
-        The planner saves waves, of whatever GEMM; the middle hides the most communication.
-        """
-        if self.layer is None or num_tokens < 4 * ROW_STEP:
-            return 0
-        planned = cut_beside((num_tokens,), self.layer, self.sms - ctas, 0, ROW_STEP)
-        return num_tokens // 2 // ROW_STEP * ROW_STEP - planned
+        return [OFF, *as_planned, *fuses, *moved]
 
 
 def bucket_sizes(largest: int, smallest: int) -> list[int]:

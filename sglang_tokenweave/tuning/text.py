@@ -13,7 +13,7 @@ from sglang_tokenweave.plan import Kind, Mode
 from sglang_tokenweave.tuning.nodes import Node, TableError, compose
 from sglang_tokenweave.tuning.table import Bucket, Candidate, Key, Measurement, Table
 
-FORMAT = 1
+FORMAT = 2
 MOST_BYTES = 256 * 1024  # ten times a usual table
 _FIELDS = ("format", "measured_at", "key", "buckets")
 _CANDIDATE = (("kind",), ("cut_offset", "ctas", "fuse_ctas"))

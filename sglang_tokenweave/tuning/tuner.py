@@ -153,7 +153,6 @@ def space(
         tuple(dict.fromkeys(ctas)),
         tuple(dict.fromkeys(fuse_ctas)),
         smallest_woven_decode,
-        key.layer,
         has_one_shot,
         MOST_TWO_SHOT_TOKENS if has_two_shot else 0,
     )
