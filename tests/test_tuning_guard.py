@@ -68,11 +68,24 @@ def test_a_plan_that_proves_itself_is_compared_more_rarely_until_it_loses():
     seen = []
     for _ in range(4):
         seen.append(batches_to_next_pair(guard))
-        feed(guard, stock=1.1, planned=1.0, pairs=5)  # so many are a proof
+        feed(guard, stock=1.001, planned=1.0, pairs=5)  # so many are a proof
     assert seen == [4, 16, 64, 64]
     feed(guard, stock=1.0, planned=1.1, pairs=1)
     assert batches_to_next_pair(guard) == 4
     assert guard.dropped() == []
+
+
+@pytest.mark.parametrize(
+    ("planned", "batches"), [(0.99, 64), (0.9, 80), (0.8, 160), (0.6, 320), (0.0, 800)]
+)
+def test_what_the_pairs_of_a_plan_cost_that_gains_much_is_bounded(planned, batches):
+    guard = Guard()
+    assert batches_to_next_pair(guard) == PERIOD
+    feed(guard, stock=1.0, planned=planned, pairs=1)
+    assert batches_to_next_pair(guard) == batches
+    assert 2 * (1.0 - planned) <= batches * 1.0 / 400 + 1e-9
+    feed(guard, stock=1.0, planned=1.1, pairs=1)
+    assert batches_to_next_pair(guard) == PERIOD
 
 
 def test_buckets_are_judged_apart():

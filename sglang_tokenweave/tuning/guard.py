@@ -12,7 +12,8 @@ it reaches 1000 with a probability of at most 1/1000 (Ville's inequality): that 
 alarms of a test. A plan that loses every pair is dropped after 18 of them. Where the ratio falls
 below 1/20 the plan has proved itself, and a new test begins: it may lose later. A batch that runs
 stock costs what the plan gains, so each proof makes the pairs four times as rare, up to sixteen
-times; one that is lost makes them as frequent as at first.
+times; and a pair that was won by much makes them so rare that they cost 1/400 of stock's time.
+One that is lost makes them as frequent as at first.
 
 All ranks drop together: they count the same batches, pair the same ones, and are fed with the times
 of the slowest rank.
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 
 PERIOD = 64  # eligible batches of a bucket from one pair to the next, before it has proved itself
 _RARER, _RAREST = 4, 16  # as many times
+_MOST_COST = 1 / 400  # of stock's time
 _LOST = math.log(0.75 / 0.5)
 _WON = math.log(0.25 / 0.5)
 _STOCK_TURNS, _SAMPLED_TURNS = (3, 2), (2, 0)  # batches before the end of a period
@@ -75,18 +77,24 @@ class Guard:
             return False
         if bucket.stock_us is None or bucket.is_dropped:
             return False
-        is_lost = us / num_tokens > bucket.stock_us
-        bucket.stock_us = None
+        planned_us, stock_us, bucket.stock_us = us / num_tokens, bucket.stock_us, None
+        is_lost = planned_us > stock_us
         bucket.pairs += 1
         bucket.lost += is_lost
         bucket.evidence += _LOST if is_lost else _WON
         if is_lost:
             bucket.next_period = self.period
+        elif planned_us < stock_us:
+            batches = len(_STOCK_TURNS) * (1 - planned_us / stock_us) / _MOST_COST
+            self._make_rarer(bucket, math.ceil(batches))
         if bucket.evidence < _PROVEN:
             bucket.evidence = 0.0
-            bucket.next_period = min(_RARER * bucket.period, _RAREST * self.period)
+            self._make_rarer(bucket, _RARER * bucket.period)
         bucket.is_dropped = bucket.evidence >= _DROP
         return bucket.is_dropped
+
+    def _make_rarer(self, bucket: Bucket, period: int) -> None:
+        bucket.next_period = max(bucket.next_period, min(period, _RAREST * self.period))
 
     def dropped(self) -> list[Hashable]:
         """Return the buckets whose plans lost."""
