@@ -139,10 +139,11 @@ def capture_all(model_runner: Any, runtime: Runtime) -> WovenGraphs | None:
     if not sizes:
         return None
     group = as_group(runtime.model.place.group.cpu_group)
-    free_bytes, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+    before, began = torch.cuda.memory_reserved(), time.perf_counter()
 
     def spent() -> tuple[float, int]:
-        return time.perf_counter() - began, free_bytes - torch.cuda.mem_get_info()[0]
+        # By torch's own count: of the GPU's free memory other processes may take some meanwhile.
+        return time.perf_counter() - began, torch.cuda.memory_reserved() - before
 
     graphs = _none_yet(model_runner, runtime)
     for size in reversed(sizes):

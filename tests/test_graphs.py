@@ -176,9 +176,10 @@ def test_what_capturing_may_take_is_bounded_alike_on_all_ranks(
     monkeypatch.setattr(
         capturing, "time", SimpleNamespace(perf_counter=lambda: getattr(clock, "now", 0))
     )
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda: (1000 - getattr(clock, "taken", 0), 1000)
-    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5000 + getattr(clock, "taken", 0))
+    # Another process takes half of the GPU meanwhile, which is not the graphs' doing.
+    free = iter(range(1000, 0, -50))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1000))
 
     def run(group):
         sizes = (4, 8, 16, 32, 64)
