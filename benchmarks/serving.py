@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import client, command, forward_timer, load, machine, shapes, timing
 from benchmarks.forward_timer import Settings
 from benchmarks.load import LoadError, Outcome, Target
-from benchmarks.schema import Result, Row
+from benchmarks.schema import Meta, Result, Row
 from benchmarks.servers import HOST, UNBALANCED, Contender, running
 from benchmarks.serving_table import NO_COMM, OURS
 from launch import demo
@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--rates", type=_rates, default=(math.inf,), help="requests a second, Poisson; inf: at once"
     )
+    add(
+        "--chunk-sizes",
+        type=_chunk_sizes,
+        default=(None,),
+        metavar="TOKENS,...",
+        help="chunks of prefill; for each size all servers start anew (SGLang's own choice)",
+    )
     add("--prompts", type=int, default=256, help="requests of a workload (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each server (%(default)s)")
     add("--ttft-ms", type=float, default=1000, help="of a good request, at most (%(default)s)")
@@ -60,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--start-deadline", type=float, default=900, metavar="S", help="of a server (%(default)s)")
     add("--load-deadline", type=float, default=1800, metavar="S", help="of a load (%(default)s)")
     machine.add_arguments(found, "serving")
+    found.set_defaults(chunk_size=None)  # the one of this turn
     return found
 
 
@@ -74,15 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meta = machine.meta(options.tp, text, options.commit, options.rounds, smoke=options.cpu)
         with tempfile.TemporaryDirectory() as name:
             client.check(Path(name))
-        with (
-            _prepared(options) as (model, servers),
-            _together(options, model, servers) as together,
-        ):
-            for number in range(options.rounds):
-                # Should it be stopped, the file says how far it came.
-                begun = {"run": f"it was stopped in round {number + 1} of {options.rounds}"}
-                for _ in _round(options, model, servers, number, seen, together):
-                    Result("serving", replace(meta, absent=begun), _rows(seen)).save(options.output)
+        for chunk_size in options.chunk_sizes:
+            options.chunk_size = chunk_size
+            _rounds(options, meta, seen)
         result = Result("serving", meta, _rows(seen))
         result.save(options.output)
         return result
@@ -90,11 +92,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command.run(measure)
 
 
+def _rounds(
+    options: argparse.Namespace, meta: Meta, seen: dict[tuple[str, str], list[Outcome]]
+) -> None:
+    """Measure with chunks of one size; should it be stopped, the file says how far it came."""
+    with (
+        _prepared(options) as (model, servers),
+        _together(options, model, servers) as together,
+    ):
+        for number in range(options.rounds):
+            chunks = f", chunks of {options.chunk_size} tokens" if options.chunk_size else ""
+            this = f"round {number + 1} of {options.rounds}{chunks}"
+            print(this, flush=True)
+            begun = replace(meta, absent={"run": f"it was stopped in {this}"})
+            for _ in _round(options, model, servers, number, seen, together):
+                Result("serving", begun, _rows(seen)).save(options.output)
+
+
 def contenders(options: argparse.Namespace, plugin: Path) -> list[Contender]:
     """Return the servers that take part; in the folder `plugin` is that of `forward_timer`."""
     both = shlex.split(options.both)
     both += ["--load-format", "dummy"] if options.shape else []
     both += ["--sleep-on-idle"] if options.together else []
+    both += ["--chunked-prefill-size", str(options.chunk_size)] if options.chunk_size else []
 
     def server(
         variant: str, flags: str = "", *, weaves: bool = False, sums: bool = True
@@ -139,9 +159,11 @@ def _layers(options: argparse.Namespace) -> int:
     return int(options.layers or shapes.SHAPES[options.shape].layers)
 
 
-def _prefix(options: argparse.Namespace) -> str:
-    """Return what tells the model in a row's shape; a model by name is in the command."""
-    return f"{options.shape}-{_layers(options)}l-tp{options.tp}-" if options.shape else ""
+def _load_name(options: argparse.Namespace, workload: str, rate: float) -> str:
+    """Return the shape of a row; a model by name is in the command only."""
+    model = f"{options.shape}-{_layers(options)}l-tp{options.tp}-" if options.shape else ""
+    chunks = f"-chunk{options.chunk_size}" if options.chunk_size else ""
+    return f"{model}{workload}{chunks}-{load.rate_name(rate)}"
 
 
 @contextmanager
@@ -201,10 +223,8 @@ def _round(
         plans = f", batches: {_batches(port)}" if contender.weaves else ""
         what = f"{variant}, {_named(workload, rate)}"
         print(f"{what}: {found.tokens_per_s:.0f} tokens/s{plans}", flush=True)
-        of = f"{_prefix(options)}{workload}-{load.rate_name(rate)}"
-        seen.setdefault((of, variant), []).append(found)
+        seen.setdefault((_load_name(options, workload, rate), variant), []).append(found)
 
-    print(f"round {number + 1} of {options.rounds}", flush=True)
     for each in loads if together else ():
         for contender in ordered:
             drive(contender, together[contender.variant], *each)
@@ -297,6 +317,15 @@ def _rates(text: str) -> tuple[float, ...]:
     if not all(rate > 0 for rate in rates):
         raise argparse.ArgumentTypeError(f"{text!r}: rates are above 0")
     return rates
+
+
+def _chunk_sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) if size.isdecimal() else 0 for size in text.split(","))
+    if not all(sizes) or len(set(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected different numbers of tokens above 0, such as 1024,8192"
+        )
+    return sizes
 
 
 if __name__ == "__main__":

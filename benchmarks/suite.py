@@ -21,6 +21,7 @@ from launch.processes import ProcessGroup, Stop, StopSignals
 _POLL_S = 0.5
 _SWEEP = ("--tokens", "512,1024,2048,4096,8192")
 _DENSE = ("llama-3-8b", "llama-3.3-70b", "qwen2.5-72b", "qwen3-8b")
+_LONG = ("--workloads", "in2048-out128")
 _CHOSEN = ("--variants", "auto,stock/default,stock/raised,no_comm")
 
 
@@ -49,17 +50,21 @@ def _prefill(shape: str, *more: str, minutes: float = 10) -> Job:
     return Job(f"prefill-{shape}", "benchmarks.prefill", arguments, minutes)
 
 
+def _serving(shape: str, *more: str, name: str = "", minutes: float) -> Job:
+    what = f"serving-{name}-{shape}" if name else f"serving-{shape}"
+    arguments = ("--shape", shape, "--layers", "32", "--stock-best", "=".join(RAISED), *more)
+    return Job(what, "benchmarks.serving", arguments, minutes)
+
+
 JOBS = (
     Job("op", "benchmarks.op", ("--hidden", "8192"), 20, is_of_servers=False),
     _prefill("tp8rank", "--layers", "32", "--deadline", "500", minutes=15),
     *map(_prefill, (*_DENSE, "mixtral-8x22b", "qwen3-30b-a3b")),
     Job("decode-tp8rank", "benchmarks.decode", ("--shape", "tp8rank", *_CHOSEN), 10),
-    Job(
-        "serving-tp8rank",
-        "benchmarks.serving",
-        ("--shape", "tp8rank", "--layers", "32", "--stock-best", "=".join(RAISED)),
-        90,
-    ),
+    _serving("tp8rank", minutes=90),
+    _serving("llama-3-8b", "--workloads", "in1024-out128", minutes=60),
+    _serving("tp8rank", *_LONG, "--rates", "4,8,12,16", name="rates", minutes=60),
+    _serving("tp8rank", *_LONG, "--chunk-sizes", "1024,2048,4096,8192", name="chunks", minutes=150),
 )
 SMOKE = Job(
     "prefill-smoke",

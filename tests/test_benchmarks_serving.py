@@ -237,6 +237,35 @@ def test_servers_that_fit_run_together_and_ours_starts_first(monkeypatch, tmp_pa
     ]
 
 
+def test_servers_start_anew_for_each_size_of_chunks(monkeypatch, tmp_path):
+    started = []
+
+    @contextmanager
+    def running(contender, *_, **__):
+        started.append((contender.variant, contender.flags[-2:]))
+        yield 1
+
+    monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(client, "check", lambda folder: None)
+    monkeypatch.setattr(serving, "_batches", lambda port: {})
+    monkeypatch.setattr(serving, "_drive", lambda *_: load.outcome(RECORD, 3, TARGET))
+    output = ["--commit", "0123456", "--output", str(tmp_path / "serving.json")]
+    chunks = ["--workloads", "in512-out128", "--chunk-sizes", "1024,8192", "--rounds", "1"]
+    assert serving.main(["--model", "m", "--cpu", *chunks, *output]) == 0
+    assert started == [
+        (variant, ("--chunked-prefill-size", size))
+        for size in ("1024", "8192")
+        for variant in ("stock", "tokenweave")
+    ]
+    result = schema.load(tmp_path / "serving.json")
+    assert not result.meta.absent
+    assert {(row.shape, row.variant) for row in result.rows} == {
+        (f"in512-out128-chunk{size}-all_at_once", variant)
+        for size in (1024, 8192)
+        for variant in ("stock", "tokenweave")
+    }
+
+
 def test_a_stock_server_can_be_given_variables():
     _, best, _ = contenders("--stock-best", "SIZE_KB=1 --b 2")
     assert best.environment(2, on_cpu=False)["SIZE_KB"] == "1"
@@ -249,6 +278,9 @@ def test_a_stock_server_can_be_given_variables():
         (["--workloads", "chat"], "'chat' is unknown; there are in512-out128"),
         (["--rates", "fast"], "'fast' are no numbers, such as 2,8,inf"),
         (["--rates", "0"], "rates are above 0"),
+        (["--chunk-sizes", "1k"], "'1k': expected different numbers of tokens above 0"),
+        (["--chunk-sizes", "8,0"], "'8,0': expected different numbers of tokens above 0"),
+        (["--chunk-sizes", "8,8"], "'8,8': expected different numbers of tokens above 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, said, capsys):
