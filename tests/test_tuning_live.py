@@ -94,7 +94,7 @@ def test_batches_that_no_row_plans_are_not_counted(batch):
 
 
 def test_a_plan_that_wins_on_all_ranks_stays():
-    for woven, drops in play(99.0):
+    for woven, drops in play(99.9):  # by so little that its pairs cost nearly nothing
         assert woven[:24] == [False, False, True, True] * 6  # a proof, seen with the pair after it
         assert 12 <= woven.count(False) < 24
         assert not drops
