@@ -368,7 +368,7 @@ def test_what_two_gpus_measured_bears_out_the_choice(path):
 def test_what_two_gpus_measured_bears_out_the_planners_cut():
     """Of the cuts that were tried with the chosen CTAs, the planner's is within 2 % of the best.
 
-    A half per cent more is allowed: the medians of the closest ones have spreads of 1.4 %.
+    One may be off by half a per cent more: two medians with spreads of 1.3 and 2.6 % are compared.
     """
     losses = []
     for path in MEASURED:
@@ -380,5 +380,6 @@ def test_what_two_gpus_measured_bears_out_the_planners_cut():
             if planned in us and len(cuts) > 1:  # a table made by an older planner may lack it
                 losses.append(us[planned] / min(cuts) - 1)
     assert len(losses) >= 12
+    assert sum(loss > 0.02 for loss in losses) <= 1
     assert max(losses) <= 0.025
     assert sum(losses) / len(losses) <= 0.005
