@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from sglang_tokenweave.waves import best_cut, dense_layer, layer_waves
+from sglang_tokenweave.waves import OFF_THE_MIDDLE, best_cut, dense_layer, layer_waves
 
 OUT = Path(__file__).resolve().parents[1] / "images" / "cut.svg"
 TOKENS, SMS = 2100, 128
@@ -26,7 +26,8 @@ def main(out: Path) -> None:
     best = best_cut((TOKENS,), LAYER, SMS, 1)
     mpl.rcParams.update({"svg.hashsalt": "tokenweave", "font.size": 8, "svg.fonttype": "none"})
     figure, axis = plt.subplots(figsize=(9, 2.4), layout="constrained")
-    axis.axvspan(TOKENS / 2 * 15 / 16, TOKENS / 2 * 17 / 16, color="#dddddd", label="allowed")
+    middle, off = TOKENS / 2, TOKENS / OFF_THE_MIDDLE
+    axis.axvspan(middle - off, middle + off, color="#dddddd", label="allowed")
     axis.step(cuts, both, where="mid", color="#3b6ea5", label="both halves")
     axis.axhline(layer_waves(LAYER, TOKENS, SMS), color="#777777", ls="--", label="unsplit")
     axis.axvline(best, color="#d08a2e", label=f"chosen: {best}")
