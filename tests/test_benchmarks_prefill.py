@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from living import is_running
 
 from benchmarks import decode, forward_timer, prefill, shapes, timed_servers
@@ -17,6 +18,7 @@ from benchmarks.prefill import VARIANTS
 from benchmarks.servers import ServerError
 from benchmarks.timed_servers import Served
 from launch import demo
+from sglang_tokenweave import seams
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = prefill.parser().parse_args(["--cpu", "--tp", "1", "--shape", "smoke", "--layers=8"])
@@ -155,6 +157,20 @@ def test_every_server_loads_the_timer_and_only_ours_loads_the_extension(name, tm
     assert Settings(**json.loads(variables[forward_timer.SETTINGS])) == settings
     assert contender.flags == ("--a",)
     assert VARIANTS[name].no_communication is (name == "no_comm")
+
+
+def test_without_communication_only_the_embeddings_are_summed(monkeypatch):
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.layers import vocab_parallel_embedding as embedding
+
+    group = GroupCoordinator.__new__(GroupCoordinator)
+    monkeypatch.setattr(seams, "tensor_parallel_group", lambda: group)
+    monkeypatch.setattr(GroupCoordinator, "all_reduce", lambda self, rows: 2 * rows)
+    monkeypatch.setattr(embedding, "tensor_model_parallel_all_reduce", group.all_reduce)
+    rows = torch.ones(2, 3)
+    forward_timer._leave_out_sums(None, None)
+    assert group.all_reduce(rows) is rows
+    assert torch.equal(embedding.tensor_model_parallel_all_reduce(rows), 2 * rows)
 
 
 def test_the_plugin_is_found_as_an_installed_one(tmp_path):
