@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_tokenweave.plan import Kind, Mode
-from sglang_tokenweave.tuning.halving import FINAL_ROUNDS
+from sglang_tokenweave.tuning.halving import FINAL_ROUNDS, RUN_OFF_ROUNDS
 from sglang_tokenweave.tuning.search import search
 from sglang_tokenweave.tuning.space import Space, bucket_sizes
 from sglang_tokenweave.tuning.table import LEAST_ROUNDS, OFF, Candidate
@@ -94,6 +94,44 @@ def test_the_choice_is_within_two_percent_of_the_best(spread):
     assert sum(loss > 1.02 for loss in worst) <= len(worst) / 300
     assert wrong <= 1
     assert max(worst) < 1.04
+
+
+def test_a_noisy_machine_is_looked_at_twice():
+    """Runs that err by 3 %: without a run-off 119 of 780 choices lose more than 2 %, with it 38."""
+    losses = []
+    for seed in range(60):
+        machine = Machine(seed, spread=0.06, error=0.03)
+        for each in search(SIZES, SPACE, machine.measure, machine.spent_s, 90):
+            candidates = SPACE.candidates(each.mode, each.tokens)
+            best = min(machine.cost_us(one, each.mode, each.tokens) for one in candidates)
+            losses.append(machine.cost_us(each.chosen, each.mode, each.tokens) / best)
+            assert each.time_of(OFF).rounds in (FINAL_ROUNDS, RUN_OFF_ROUNDS)
+            assert each.time_of(each.chosen).rounds == each.time_of(OFF).rounds
+    assert sum(loss > 1.02 for loss in losses) <= len(losses) / 15  # chance: 38 +- 6 of 780
+
+
+@pytest.mark.parametrize(("budget_s", "is_found"), [(90, True), (0.6, False)])
+def test_one_that_was_dropped_for_short_times_of_others_comes_back(budget_s, is_found):
+    """If there is time for it."""
+    machine = Machine(1, spread=0.0, spikes=0.0, error=0.0)
+    candidates = SPACE.candidates(Mode.PREFILL, 4096)
+    best, lucky = candidates[5], candidates[7:9]
+    machine._factors[best, Mode.PREFILL, 4096] = 0.9
+    runs = 0
+
+    def measure(tried, mode, tokens, rounds):
+        nonlocal runs
+        times = machine.measure(tried, mode, tokens, rounds)
+        for each, found in zip(tried, times, strict=True):
+            if rounds and each in lucky and runs < 114:  # until two are left beside OFF
+                found[0] *= 0.8
+        runs += rounds * len(tried)
+        return times
+
+    (found,) = search([(Mode.PREFILL, 4096)], SPACE, measure, machine.spent_s, budget_s)
+    assert found.chosen == (best if is_found else OFF)
+    assert found.time_of(best).rounds == (RUN_OFF_ROUNDS if is_found else 12)
+    assert found.time_of(OFF).rounds == (RUN_OFF_ROUNDS if is_found else FINAL_ROUNDS)
 
 
 def test_it_takes_half_the_runs_of_an_exhaustive_search():

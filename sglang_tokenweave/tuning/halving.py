@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from sglang_tokenweave.plan import Mode
 from sglang_tokenweave.tuning.table import (
     LEAST_ROUNDS,
+    NOISE,
     OFF,
     Bucket,
     Candidate,
@@ -22,6 +23,8 @@ Measure = Callable[[Sequence[Candidate], Mode, int, int], Sequence[Sequence[floa
 
 FIRST_ROUNDS = 3
 FINAL_ROUNDS = 15  # of the finalists, OFF among them, in all
+RUN_OFF_ROUNDS = 30  # of the choice and of what may beat it, where that is open
+_MOST_OPEN = 2  # candidates that may beat it
 _FIXED_TOKENS = 512  # a batch costs about as much as these many tokens before its first one
 
 
@@ -79,7 +82,8 @@ class Halving:
     The shortest of three rounds with an error of 1 % each is off by 0.75 %; so half of the others,
     each more than 2 % slower, would have to err by two standard errors of a difference at once.
     The fewer are left, the more rounds they have, so the errors shrink as the differences do. 16
-    candidates take 114 runs so, and 240 if all of them ran through all rounds.
+    candidates take 114 runs so, and 240 if all of them ran through all rounds. Where errors are
+    larger and another one than the choice has the lower median, a run-off decides.
     """
 
     def __init__(
@@ -121,6 +125,24 @@ class Halving:
             if len(rivals) > 3:
                 rivals = self._better_half(rivals)
             rounds = FINAL_ROUNDS - done if len(rivals) <= 3 else done
+        self._run_off(deadline_s)
+
+    def _run_off(self, deadline_s: float) -> None:
+        """Measure the choice and what may be faster anew, and OFF, if there is time for it.
+
+        Where times vary by some per cent, the best may have been dropped for its first rounds, or
+        its gain not be told from noise. Older times do not count: they are why it is here.
+        """
+        bucket = self.bucket()
+        if bucket is None or bucket.time_of(OFF).rounds < FINAL_ROUNDS:
+            return
+        faster = _seemingly_faster(bucket)[:_MOST_OPEN]
+        rivals = list(dict.fromkeys([OFF, bucket.chosen, *faster]))
+        runs_s = RUN_OFF_ROUNDS * len(rivals) * self.costs.run_s(self._tokens)
+        if faster and self._spent_s() + runs_s <= deadline_s:
+            for each in rivals:
+                del self.times[each]
+            self._run_rounds(rivals, RUN_OFF_ROUNDS, deadline_s)
 
     def _run_rounds(self, rivals: list[Candidate], rounds: int, deadline_s: float) -> bool:
         """Run as many of the rounds as there is time for; return whether there was for any."""
@@ -157,3 +179,10 @@ class Halving:
             return None
         measured = tuple(Measurement.of(each, found) for each, found in self.times.items())
         return Bucket(self._mode, self._tokens, choose(measured), measured)
+
+
+def _seemingly_faster(bucket: Bucket) -> list[Candidate]:
+    """Return what was faster than the choice by more than the least gain, the fastest first."""
+    least_us = bucket.time_of(bucket.chosen).us - NOISE * bucket.time_of(OFF).us
+    faster = [each for each in bucket.measured if each.us < least_us]
+    return [each.candidate for each in sorted(faster, key=lambda each: each.us)]
