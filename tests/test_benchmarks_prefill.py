@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from living import is_running
@@ -253,12 +255,9 @@ def wait_for(condition, deadline_s):
 
 def servers_of(pid):
     """Return its children that serve: what a library runs at its import may come before them."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(each) for each in children if b"launch_server" in command_of(each)]
-
-
-def command_of(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):  # it has ended since
-        return b""
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            if "launch_server" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
